@@ -152,7 +152,7 @@ def sha256_json(value: Any) -> str:
 
 
 def hash_inputs(paths: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
-    """{path: {"sha256", "bytes"}} of files; a folder stands for its manifest if it has one, else for the files in it."""
+    """{path: {"sha256", "bytes"}} of files; a folder stands for its manifest if it has one, else for its files."""
     inputs: dict[str, dict[str, Any]] = {}
     for path in map(Path, paths):
         if path.is_dir() and (path / MANIFEST).is_file():
