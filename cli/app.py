@@ -1,0 +1,220 @@
+"""The `steep` command: parse, call, print.
+
+Only typer is imported here; each command imports what it runs, so that `steep --help` answers at once. A user's mistake
+(ValueError, a missing or existing file, a missing extra) ends in one line on stderr and exit status 2, no traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="steep",
+    help="Steep open language models in a domain: corpus, continual pre-training, merging, evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+import_app = typer.Typer(help="Bring a model of another format into a Hugging Face folder.", no_args_is_help=True)
+data_app = typer.Typer(help="Text to token stores.", no_args_is_help=True)
+bench_app = typer.Typer(help="Benchmarks that write JSON records.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+ModelFolder = Annotated[Path, typer.Argument(help="Hugging Face model folder.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Where the result is published.")]
+RecordOption = Annotated[Path | None, typer.Option("--out", help="Also publish the JSON record here.")]
+
+
+def main() -> None:
+    """Entry point: run the command line, turning a user's mistake into one line."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        print(f"steep: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"steep: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("demo-out"),
+) -> None:
+    """The whole road on a real small model: import, pack, train, merge, evaluate, report. Resumes finished steps."""
+    from .demo import run_demo
+
+    run_demo(out)
+
+
+@import_app.command("gguf")
+def import_gguf_command(
+    file: Annotated[Path, typer.Argument(help="The GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.")],
+) -> None:
+    """Dequantise a GGUF file into a Hugging Face folder, with its tokenizer and chat template."""
+    from ..engine.gguf import import_gguf
+
+    import_gguf(file, out)
+    print(out)
+
+
+@data_app.command("tokenize")
+def tokenize(
+    files: Annotated[list[Path], typer.Argument(help="jsonl, jsonl.zst, jsonl.gz, parquet or txt.")],
+    model: Annotated[Path, typer.Option(help="Folder with the tokenizer.")],
+    out: OutOption,
+    text_field: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
+    workers: Annotated[int, typer.Option(help="Processes; the bytes written do not depend on it. 0: one per core.")] = 0,
+    eos: Annotated[bool, typer.Option(help="End every document with EOS.")] = True,
+    bos: Annotated[str, typer.Option(help="auto: as the model's tokenizer does by itself; or yes, no.")] = "auto",
+) -> None:
+    """Text files to a token store, with an account of every document."""
+    from ..data import tokenize_files
+
+    if bos not in ("auto", "yes", "no"):
+        raise ValueError(f"--bos: {bos!r} given, allowed are auto, yes, no")
+    policy = "auto" if bos == "auto" else bos == "yes"
+    manifest = tokenize_files(
+        [str(file) for file in files], model, out, text_field=text_field, bos=policy, eos=eos, workers=workers or None
+    )
+    _print_json(manifest["figures"])
+
+
+@data_app.command("inspect")
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Token store.")],
+    seq_len: Annotated[int | None, typer.Option(help="Also pack at this sequence length and report.")] = None,
+) -> None:
+    """What a token store holds, and how it would pack."""
+    from ..data.inspect import inspect_store
+
+    _print_json(inspect_store(store, seq_len=seq_len))
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. schedule.lr=1e-5")] = None,
+) -> None:
+    """Continual pre-training by a recipe; resumes where it was. The same as `python -m steep.engine` (for torchrun)."""
+    from ..engine.trainer import train as run
+
+    run(recipe, overrides or [])
+
+
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Merge models: linear, slerp, task_arithmetic, ties. Everything is checked before the first byte is written."""
+    from ..merge import merge as run
+
+    _print_json(run(config, out, device=device)["figures"])
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelFolder,
+    tasks: Annotated[str, typer.Option(help="Task names or YAML files, separated by commas.")],
+    out: OutOption,
+    limit: Annotated[int | None, typer.Option(help="Only the first N documents of each task.")] = None,
+) -> None:
+    """Evaluate a model on tasks and publish every figure with its rows."""
+    from ..eval import evaluate as run
+
+    _print_json(run(model, tasks.split(","), limit=limit, out=out)["figures"])
+
+
+@app.command()
+def generate(
+    model: ModelFolder,
+    prompts: Annotated[Path, typer.Option(help='jsonl with "prompt" (plain text) or "messages" (chat) per line.')],
+    out: OutOption,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit per answer.")] = 256,
+) -> None:
+    """Greedy answers to prompts, as jsonl with stop reason and length."""
+    from ..eval.generation import generate_file
+
+    generate_file(model, prompts, out, max_new_tokens=max_new_tokens)
+    print(out)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with figures.json, as `steep demo` writes it.")],
+    out: OutOption,
+) -> None:
+    """Render a self-contained HTML report from a folder's figures."""
+    from ..eval.report import render_report
+
+    render_report(folder, out)
+    print(out)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A model folder or any artefact that steep wrote.")]) -> None:
+    """Check an artefact: checksums, structure, finiteness."""
+    from ..engine.verify import verify as run
+
+    _print_json(run(path))
+
+
+@bench_app.command("train")
+def bench_train(
+    out: RecordOption = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder; without it random weights of SmolLM2's shape.")] = None,
+) -> None:
+    """Training step against a transformers loop on the same packed tokens: tokens/s and peak memory."""
+    from ..bench import train
+    from ..bench.record import record
+
+    _print_json(record("train", train.run(model=model), out))
+
+
+@bench_app.command("data")
+def bench_data(
+    out: RecordOption = None,
+    model: Annotated[Path | None, typer.Option(help="Folder with the tokenizer.")] = None,
+) -> None:
+    """Tokenising against the raw library, and packing a million documents."""
+    from ..bench import data
+    from ..bench.record import record
+
+    _print_json(record("data", data.run(model=model), out))
+
+
+@bench_app.command("eval")
+def bench_eval(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    out: RecordOption = None,
+    mmlu: Annotated[Path | None, typer.Option(help="Folder with MMLU's dev/ and test/ csv files.")] = None,
+) -> None:
+    """5-shot multiple choice against lm-evaluation-harness: items/s and equality of the scores."""
+    from ..bench import eval as bench
+    from ..bench.record import record
+
+    _print_json(record("eval", bench.run(model=model, mmlu=mmlu), out))
+
+
+@bench_app.command("merge")
+def bench_merge(out: RecordOption = None) -> None:
+    """Merging against mergekit: wall time and peak memory."""
+    from ..bench import merge
+    from ..bench.record import record
+
+    _print_json(record("merge", merge.run(), out))

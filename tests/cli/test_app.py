@@ -1,0 +1,51 @@
+"""The command line: starts light, and turns a user's mistake into one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "eval", "generate", "report",
+            "verify", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
+
+
+
+@pytest.mark.parametrize("module", ["steep.cli", "steep.data"])
+def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'transformers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_command_has_help() -> None:
+    from typer.testing import CliRunner
+
+    from steep.cli.app import app
+
+    for command in COMMANDS:
+        result = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert result.exit_code == 0, command
+        assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "nowhere"], "nowhere"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["merge", "nowhere.yaml", "out"], "nowhere.yaml"),
+        (["import", "gguf", "nowhere.gguf", "out"], "nowhere.gguf"),
+        (["data", "inspect", "nowhere"], "nowhere"),
+        (["report", "nowhere", "--out", "x.html"], "nowhere"),
+        (["eval", "nowhere", "--tasks", "perplexity", "--out", "x.json"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "steep.cli", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("steep: ")
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
