@@ -77,7 +77,7 @@ def tokenize(
     model: Annotated[Path, typer.Option(help="Folder with the tokenizer.")],
     out: OutOption,
     text_field: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
-    workers: Annotated[int, typer.Option(help="Processes; the bytes written do not depend on it. 0: one per core.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes, 0: one per core. The result is the same.")] = 0,
     eos: Annotated[bool, typer.Option(help="End every document with EOS.")] = True,
     bos: Annotated[str, typer.Option(help="auto: as the model's tokenizer does by itself; or yes, no.")] = "auto",
 ) -> None:
@@ -177,7 +177,7 @@ def verify(path: Annotated[Path, typer.Argument(help="A model folder or any arte
 @bench_app.command("train")
 def bench_train(
     out: RecordOption = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder; without it random weights of SmolLM2's shape.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder; else random weights of SmolLM2's shape.")] = None,
 ) -> None:
     """Training step against a transformers loop on the same packed tokens: tokens/s and peak memory."""
     from ..bench import train

@@ -13,7 +13,8 @@ COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "me
 
 @pytest.mark.parametrize("module", ["steep.cli", "steep.data"])
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'transformers', 'matplotlib') if m in sys.modules])"
+    heavy = ("torch", "triton", "transformers", "matplotlib")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
