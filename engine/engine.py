@@ -1,0 +1,183 @@
+"""Engine: a model, its optimizer and one training step, to be embedded in any loop.
+
+It reads the model folder it is given and writes the folder it is asked to export; beyond that it touches no files, no
+signals, no logging and no global state. Nothing in a step waits for the device: every figure is returned as a device
+tensor, to be fetched when the caller likes.
+
+    engine = Engine.load("SmolLM2-135M", dtype="bfloat16", device="cuda")
+    num_valid = sum(batch.num_valid for batch in batches)
+    for batch in batches:                                # gradient accumulation
+        losses = engine.forward_backward(batch, num_valid)
+    grad_norm, skipped = engine.step(lr=1e-5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import PackedBatch
+from ..kernels import linear_cross_entropy
+from .config import ModelConfig
+from .model import Decoder
+from .optimizer import AdamW, AdamWConfig
+from .weights import export_model, load_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+IGNORE_INDEX = -100  # label of a position without a target
+
+
+class SourceLoss(NamedTuple):
+    """Sums over one packed batch, by data source: `nll` fp32 [S] in nats and `tokens` int64 [S], both on the device."""
+
+    nll: Tensor
+    tokens: Tensor
+
+
+class Engine:
+    """A decoder under training: `forward_backward` one or more packed batches, then `step`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        optimizer: AdamWConfig | None = None,
+        *,
+        accumulate_in_fp32: bool = True,
+        source_folder: str | Path | None = None,
+    ) -> None:
+        """Train `decoder` in the dtype and on the device it has.
+
+        Args:
+            decoder: parameters all fp32 or all bf16.
+            optimizer: AdamW settings; the defaults of AdamWConfig if None.
+            accumulate_in_fp32: hold the gradients of bf16 parameters in fp32. Needed for exact sums over several
+                micro batches; costs 2 bytes per parameter more than bf16.
+            source_folder: Hugging Face folder the decoder came from, whose config and tokenizer an export carries.
+        """
+        self.decoder = decoder
+        self.config: ModelConfig = decoder.config
+        self.source_folder = source_folder
+        self.optimizer = AdamW(decoder.named_parameters(), optimizer or AdamWConfig())
+        self.device = self.optimizer.device
+        if accumulate_in_fp32:
+            for parameter in decoder.parameters():
+                parameter.grad_dtype = torch.float32
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str | torch.device = "cpu",
+        optimizer: AdamWConfig | None = None,
+        accumulate_in_fp32: bool = True,
+    ) -> Engine:
+        """Load a Hugging Face folder (config.json, safetensors).
+
+        Raises:
+            FileNotFoundError, ValueError: what is missing, damaged or not supported, by name.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+        with torch.device("meta"):
+            decoder = Decoder(ModelConfig.from_folder(path))
+        load_weights(decoder, path, dtype=DTYPES[dtype], device=device)
+        return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, source_folder=path)
+
+    def forward_backward(self, batch: PackedBatch, num_valid: int, num_sources: int = 1) -> SourceLoss:
+        """Add the gradient of sum(nll) / num_valid over one packed batch.
+
+        Args:
+            batch: packed documents, as numpy arrays on the host.
+            num_valid: valid labels of the whole optimizer step, over all micro batches: what makes the gradient that
+                of the mean over tokens however the step is cut up.
+            num_sources: S of the returned sums; source ids of the batch must be below it.
+        """
+        loss, sources = self._forward(batch, num_sources, num_valid)
+        loss.backward()
+        return sources
+
+    @torch.no_grad()
+    def eval_nll(self, batch: PackedBatch, num_sources: int = 1) -> SourceLoss:
+        """The same sums without gradients."""
+        return self._forward(batch, num_sources)[1]
+
+    def _forward(self, batch: PackedBatch, num_sources: int, num_valid: int = 1) -> tuple[Tensor, SourceLoss]:
+        """The loss, sum(nll) / num_valid, and the sums by source."""
+        if num_valid < 1:
+            raise ValueError(f"num_valid is {num_valid}: a step needs at least one valid label")
+        if batch.source_ids.max() >= num_sources:
+            raise ValueError(f"batch: source id {batch.source_ids.max()}, but num_sources is {num_sources}")
+        source_T = np.repeat(batch.source_ids, np.diff(batch.cu_seqlens))
+        tokens_S = np.bincount(source_T[batch.labels != IGNORE_INDEX], minlength=num_sources)
+
+        hidden_TD = self.decoder(
+            self._to_device(batch.tokens),
+            self._to_device(batch.positions),
+            self._to_device(batch.cu_seqlens),
+            batch.max_seqlen,
+        )
+        scale = torch.full((), 1.0 / num_valid, dtype=torch.float32, device=self.device)
+        loss, nll_T = linear_cross_entropy(
+            hidden_TD, self.decoder.head_weight, self._to_device(batch.labels), scale=scale, ignore_index=IGNORE_INDEX
+        )
+        # A masked sum for each source, not index_add: on a GPU that adds in an order that changes from run to run.
+        is_source_ST = self._to_device(source_T) == torch.arange(num_sources, device=self.device)[:, None]
+        nll_S = torch.where(is_source_ST, nll_T, 0.0).sum(dim=1)
+        return loss, SourceLoss(nll_S, self._to_device(tokens_S))
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # else the copy would wait for the device
+        return tensor.to(self.device, non_blocking=True)
+
+    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the accumulated gradients, which it consumes.
+
+        Returns:
+            grad_norm, skipped: fp32 0-dim device tensors; `skipped` is 1 where the norm was not finite and parameters,
+            moments and step count were left as they were.
+        """
+        return self.optimizer.step(lr)
+
+    def export(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face folder that transformers opens; published atomically, `path` must not exist yet.
+
+        Raises:
+            ValueError: the engine was not made from a folder.
+        """
+        if self.source_folder is None:
+            raise ValueError("export needs the folder whose config and tokenizer to carry: give Engine source_folder")
+        export_model(self.decoder, self.source_folder, path, dtype=dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves."""
+        state = {f"model.{name}": parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        state.update({f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()})
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state back in place. `state` may be lazy: each entry is read once.
+
+        Raises:
+            ValueError: an entry is missing or unexpected (nothing is changed then), or of another shape or dtype.
+        """
+        own = self.state_dict()
+        for problem, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
+            if names:
+                raise ValueError(f"state: {len(names)} {problem} entries, for example {min(names)!r}")
+        for name, tensor in own.items():
+            saved = state[name]
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(
+                    f"state: {name} is {saved.dtype} {list(saved.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+                )
+            tensor.copy_(saved)
