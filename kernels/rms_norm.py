@@ -1,0 +1,143 @@
+"""RMSNorm and RMSNorm of a residual sum, forward and backward.
+
+    rstd = (mean(x^2) + eps)^-1/2          y = x * rstd * w
+    m = dy * w      dx = rstd * (m - x * rstd^2 * mean(m * x))      dw = sum_rows(dy * x * rstd)
+
+Floor (bf16, n = rows * H elements): forward reads x and writes y, 4n bytes (with the residual sum 8n: x, r in, s, y out);
+backward reads dy and x and writes dx, 6n bytes (with the residual sum 8n: ds in as well). Saved: x (or s) and one rstd per row.
+Source: Zhang & Sennrich 2019, arXiv:1910.07467; arithmetic in fp32 as in transformers' LlamaRMSNorm, rounded once at the end.
+May touch: torch, triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._op import compute_dtype, define_op
+
+# --- torch reference -------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    # vector_norm is one read of x without a temporary; blocking rows into the cache was measured slower than whole tensors.
+    acc = compute_dtype(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=acc)
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y = torch.mul(x, rstd).mul_(weight)
+    return y.to(x.dtype), rstd.squeeze(-1)
+
+
+def _add_rms_norm_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    s = x + residual
+    y, rstd = _rms_norm_cpu(s, weight, eps)
+    return y, s, rstd
+
+
+def _rms_norm_backward_cpu(
+    dy: torch.Tensor, ds: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = x.shape[-1]
+    acc = compute_dtype(x.dtype)
+    dy_TH, x_TH, w = dy.reshape(-1, hidden).to(acc), x.reshape(-1, hidden).to(acc), weight.to(acc)
+    rstd = rstd.reshape(-1)
+    # Both reductions are matrix-vector products of the one temporary dy * x.
+    t_TH = dy_TH * x_TH
+    dw = torch.mv(t_TH.T, rstd)
+    c = torch.mv(t_TH, w).mul_(rstd.pow(3)).div_(hidden).unsqueeze_(-1)
+    dx = torch.mul(dy_TH, w, out=t_TH).mul_(rstd.unsqueeze(-1)).addcmul_(x_TH, c, value=-1)
+    if ds is not None:
+        dx.add_(ds.reshape(-1, hidden))
+    return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _rstd_like(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+
+
+_forward_op = define_op(
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    cpu=_rms_norm_cpu,
+    fake=lambda x, weight, eps: (x.new_empty(x.shape), _rstd_like(x)),
+)
+_add_forward_op = define_op(
+    "add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    cpu=_add_rms_norm_cpu,
+    fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _rstd_like(x)),
+)
+_backward_op = define_op(
+    "rms_norm_backward",
+    "(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    cpu=_rms_norm_backward_cpu,
+    fake=lambda dy, ds, x, weight, rstd: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, rstd = _forward_op(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: torch.Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        dx, dw = _backward_op(dy, None, x, weight, rstd)
+        return dx, dw, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
+        y, s, rstd = _add_forward_op(x, residual, weight, eps)
+        ctx.save_for_backward(s, weight, rstd)
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: torch.Tensor, ds: torch.Tensor):
+        s, weight, rstd = ctx.saved_tensors
+        dx, dw = _backward_op(dy, ds, s, weight, rstd)
+        return dx, dx, dw, None
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    x [..., H] in bf16, fp32 (or fp16, fp64); weight [H]. Arithmetic in fp32, result in x.dtype, rounded once.
+    """
+    _check(x, weight)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, s) with s = x + residual, rounded to x.dtype, and y = rms_norm(s, weight, eps): the pre-norm residual step.
+
+    x and residual [..., H] of one shape and dtype; weight [H]. Both results carry gradients; x and residual receive the same one.
+    """
+    _check(x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; "
+            f"it must match x, {x.dtype} {tuple(x.shape)}"
+        )
+    return _AddRMSNorm.apply(x, residual, weight, eps)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}; x {tuple(x.shape)} needs ({x.shape[-1]},)")

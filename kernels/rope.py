@@ -1,0 +1,89 @@
+"""Rotary position embedding of queries and keys by per-token position, forward and backward.
+
+    theta_j = positions[t] * inv_freq_j, read as cos/sin tables; per head, halves x1 = x[:D/2], x2 = x[D/2:]
+    y1 = x1 * cos - x2 * sin        y2 = x2 * cos + x1 * sin        backward: the same rotation with -sin
+
+Floor (bf16, n = T * (Hq + Hk) * D elements): one read, one write, 4n bytes; tables add 4 bytes * T * D and nothing is saved but
+the positions. The half rotation is Hugging Face's layout (no permutation of weights); packed documents need nothing else than
+their own positions, so the grid is tokens, never documents x longest document.
+Source: Su et al. 2021, arXiv:2104.09864; arithmetic in fp32, rounded once.
+May touch: torch, triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._op import compute_dtype, define_op
+
+# --- torch reference -------------------------------------------------------------------------------------------------
+
+
+def _rotate(x_THD: torch.Tensor, cos_T1d: torch.Tensor, sin_T1d: torch.Tensor) -> torch.Tensor:
+    half = x_THD.shape[-1] // 2
+    x = x_THD.to(compute_dtype(x_THD.dtype))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x[..., :half], cos_T1d, out=y[..., :half]).addcmul_(x[..., half:], sin_T1d, value=-1)
+    torch.mul(x[..., half:], cos_T1d, out=y[..., half:]).addcmul_(x[..., :half], sin_T1d)
+    return y.to(x_THD.dtype)
+
+
+def _rope_cpu(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    acc = compute_dtype(q.dtype)
+    cos_T1d = cos.index_select(0, positions).to(acc).unsqueeze_(1)
+    sin_T1d = sin.index_select(0, positions).to(acc).unsqueeze_(1)
+    if inverse:
+        sin_T1d.neg_()
+    return _rotate(q, cos_T1d, sin_T1d), _rotate(k, cos_T1d, sin_T1d)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+_rope_op = define_op(
+    "rope",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> (Tensor, Tensor)",
+    cpu=_rope_cpu,
+    fake=lambda q, k, cos, sin, positions, inverse: (q.new_empty(q.shape), k.new_empty(k.shape)),
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions):
+        ctx.save_for_backward(cos, sin, positions)
+        return _rope_op(q, k, cos, sin, positions, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: torch.Tensor, dk: torch.Tensor):
+        cos, sin, positions = ctx.saved_tensors
+        dq, dk = _rope_op(dq, dk, cos, sin, positions, True)
+        return dq, dk, None, None, None
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k by the position of each token; returns new contiguous (q, k).
+
+    q [T, Hq, D], k [T, Hk, D], any strides on the first two dimensions (views of a fused qkv are fine); cos and sin [P, D/2] fp32,
+    already holding any attention factor of the scaling; positions [T] int32 or int64, 0 <= position < P (not checked: that
+    would be a host-device synchronisation). Not differentiable in the tables.
+    """
+    tokens, _, head_dim = q.shape
+    if k.shape[0] != tokens or k.shape[2] != head_dim or positions.shape != (tokens,):
+        raise ValueError(
+            f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} and positions {tuple(positions.shape)} do not agree; "
+            "expected [T, Hq, D], [T, Hk, D] and [T]"
+        )
+    if head_dim % 2 or cos.shape[1:] != (head_dim // 2,) or cos.shape != sin.shape:
+        raise ValueError(
+            f"rope: tables cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; head dim {head_dim} must be even and needs [P, {head_dim // 2}]"
+        )
+    return _Rope.apply(q, k, cos, sin, positions)
