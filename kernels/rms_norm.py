@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import compute_dtype, define_op
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, persistent_programs, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -53,6 +54,112 @@ def _rms_norm_backward_cpu(
     return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype)
 
 
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _forward_kernel(
+    X, R, W, Y, S, RSTD, rows, hidden, x_stride, r_stride, eps,
+    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One block of rows: all of a row at once, so x is read once."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (col < hidden)
+    row = row.to(tl.int64)
+    x = tl.load(X + row * x_stride + col, mask, 0.0).to(tl.float32)
+    if RESIDUAL:
+        # The sum is rounded before it is normalised: s is what the next layer adds to and what backward sees.
+        s = cast(x + tl.load(R + row * r_stride + col, mask, 0.0).to(tl.float32), S.dtype.element_ty, INTERPRET)
+        tl.store(S + row * hidden + col, s, mask)
+        x = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / hidden + eps)
+    tl.store(RSTD + row, rstd, row < rows)
+    w = tl.load(W + col, col < hidden, 0.0).to(tl.float32)
+    tl.store(Y + row * hidden + col, cast(x * rstd * w, Y.dtype.element_ty, INTERPRET), mask)
+
+
+@kernel
+def _backward_kernel(
+    DY, DS, X, W, RSTD, DX, DW, rows, hidden, dy_stride, ds_stride, x_stride, programs,
+    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """A persistent program walks over row blocks, prefetching the next ones, and keeps its part of dw in registers."""
+    col = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(W + col, col < hidden, 0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
+    for start in tl.range(tl.program_id(0) * BLOCK_ROWS, rows, programs * BLOCK_ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (row < rows) & (col < hidden)
+        row = row.to(tl.int64)
+        x = tl.load(X + row * x_stride + col, mask, 0.0).to(tl.float32)
+        dy = tl.load(DY + row * dy_stride + col, mask, 0.0).to(tl.float32)
+        rstd = tl.load(RSTD + row, row < rows, 0.0)
+        x_hat = x * rstd
+        m = dy * w
+        dw += dy * x_hat
+        dx = rstd * (m - x_hat * (tl.sum(m * x_hat, 1, keep_dims=True) / hidden))
+        if RESIDUAL:
+            dx += tl.load(DS + row * ds_stride + col, mask, 0.0).to(tl.float32)
+        tl.store(DX + row * hidden + col, cast(dx, DX.dtype.element_ty, INTERPRET), mask)
+    tl.store(DW + tl.program_id(0) * hidden + col, tl.sum(dw, 0, keep_dims=True), col < hidden)
+
+
+def _tile(hidden: int) -> dict[str, int]:
+    """A row per program from 4096 columns up, several shorter rows below; 16 elements per thread."""
+    block = next_power_of_2(hidden)
+    block_rows = max(1, 4096 // block)
+    return {"BLOCK": block, "BLOCK_ROWS": block_rows, "num_warps": min(max(block * block_rows // 512, 1), 16)}
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., H] as [rows, H] with unit stride along H; a copy only where no view has that form."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    x_RH, y = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, hidden = x_RH.shape
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    tile = _tile(hidden)
+    grid = (cdiv(rows, tile["BLOCK_ROWS"]),)
+    launch(_forward_kernel, grid, x_RH, x_RH, weight, y, y, rstd, rows, hidden, x_RH.stride(0), 0, eps, RESIDUAL=False, **tile)
+    return y, rstd
+
+
+def _add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x_RH, r_RH = _rows(x), _rows(residual)
+    rows, hidden = x_RH.shape
+    y, s = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    tile = _tile(hidden)
+    grid = (cdiv(rows, tile["BLOCK_ROWS"]),)
+    strides = x_RH.stride(0), r_RH.stride(0)
+    launch(_forward_kernel, grid, x_RH, r_RH, weight, y, s, rstd, rows, hidden, *strides, eps, RESIDUAL=True, **tile)
+    return y, s, rstd
+
+
+def _rms_norm_backward_triton(
+    dy: torch.Tensor, ds: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dy_RH, x_RH = _rows(dy), _rows(x)
+    ds_RH = dy_RH if ds is None else _rows(ds)
+    rows, hidden = x_RH.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # Two programs per SM hide each other's reductions; their partial sums are added in a fixed order.
+    programs = persistent_programs(x, per_sm=2)
+    dw = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
+    strides = dy_RH.stride(0), ds_RH.stride(0), x_RH.stride(0)
+    launch(
+        _backward_kernel, (programs,), dy_RH, ds_RH, x_RH, weight, rstd, dx, dw, rows, hidden, *strides, programs,
+        RESIDUAL=ds is not None, STAGES=3, **_tile(hidden),
+    )  # fmt: skip
+    return dx, dw.sum(0).to(weight.dtype)
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
@@ -64,18 +171,21 @@ _forward_op = define_op(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     cpu=_rms_norm_cpu,
+    cuda=_rms_norm_triton,
     fake=lambda x, weight, eps: (x.new_empty(x.shape), _rstd_like(x)),
 )
 _add_forward_op = define_op(
     "add_rms_norm",
     "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     cpu=_add_rms_norm_cpu,
+    cuda=_add_rms_norm_triton,
     fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _rstd_like(x)),
 )
 _backward_op = define_op(
     "rms_norm_backward",
     "(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     cpu=_rms_norm_backward_cpu,
+    cuda=_rms_norm_backward_triton,
     fake=lambda dy, ds, x, weight, rstd: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 

@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import compute_dtype, define_op
+from ._triton import cast, kernel, launch, next_power_of_2, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -40,12 +41,66 @@ def _rope_cpu(
     return _rotate(q, cos_T1d, sin_T1d), _rotate(k, cos_T1d, sin_T1d)
 
 
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _rotate_heads(
+    X, Y, heads, half, x_stride_h, cos, sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr
+):
+    head = tl.arange(0, BLOCK_H)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    mask = (head < heads) & (col < half)
+    x1 = tl.load(X + head * x_stride_h + col, mask, 0.0).to(tl.float32)
+    x2 = tl.load(X + head * x_stride_h + half + col, mask, 0.0).to(tl.float32)
+    y = Y + head * (2 * half) + col
+    tl.store(y, cast(x1 * cos - x2 * sin, Y.dtype.element_ty, INTERPRET), mask)
+    tl.store(y + half, cast(x2 * cos + x1 * sin, Y.dtype.element_ty, INTERPRET), mask)
+
+
+@kernel
+def _rope_kernel(
+    Q, K, COS, SIN, POSITIONS, QO, KO, heads_q, heads_k, half, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
+    INVERSE: tl.constexpr, BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One token: its row of the tables is read once and rotates every head of q and k."""
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(POSITIONS + token).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    cos = tl.load(COS + position * half + col, col < half, 0.0)
+    sin = tl.load(SIN + position * half + col, col < half, 0.0)
+    if INVERSE:
+        sin = -sin
+    q_out = QO + token * heads_q * half * 2
+    k_out = KO + token * heads_k * half * 2
+    _rotate_heads(Q + token * q_stride_t, q_out, heads_q, half, q_stride_h, cos, sin, BLOCK_HQ, BLOCK_D, INTERPRET)
+    _rotate_heads(K + token * k_stride_t, k_out, heads_k, half, k_stride_h, cos, sin, BLOCK_HK, BLOCK_D, INTERPRET)
+
+
+def _rope_triton(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    tokens, heads_q, head_dim = q.shape
+    heads_k = k.shape[1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
+    launch(
+        _rope_kernel, (tokens,), q, k, cos.contiguous(), sin.contiguous(), positions.contiguous(), q_out, k_out,
+        heads_q, heads_k, head_dim // 2, *strides,
+        INVERSE=inverse, BLOCK_HQ=next_power_of_2(heads_q), BLOCK_HK=next_power_of_2(heads_k),
+        BLOCK_D=next_power_of_2(head_dim // 2),
+    )  # fmt: skip
+    return q_out, k_out
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 _rope_op = define_op(
     "rope",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> (Tensor, Tensor)",
     cpu=_rope_cpu,
+    cuda=_rope_triton,
     fake=lambda q, k, cos, sin, positions, inverse: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 

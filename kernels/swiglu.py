@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import compute_dtype, define_op
+from ._triton import cast, cdiv, kernel, launch, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -45,18 +46,71 @@ def _swiglu_backward_cpu(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Tenso
     return d_gate_up
 
 
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+_BLOCK = 1024
+
+
+@kernel
+def _forward_kernel(GATE_UP, H, width, stride, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    gate = tl.load(GATE_UP + row * stride + col, mask, 0.0).to(tl.float32)
+    up = tl.load(GATE_UP + row * stride + width + col, mask, 0.0).to(tl.float32)
+    tl.store(H + row * width + col, cast(gate * tl.sigmoid(gate) * up, H.dtype.element_ty, INTERPRET), mask)
+
+
+@kernel
+def _backward_kernel(DH, GATE_UP, D_GATE_UP, width, dh_stride, stride, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    dh = tl.load(DH + row * dh_stride + col, mask, 0.0).to(tl.float32)
+    gate = tl.load(GATE_UP + row * stride + col, mask, 0.0).to(tl.float32)
+    up = tl.load(GATE_UP + row * stride + width + col, mask, 0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    d_gate = dh * up * s * (1.0 + gate * (1.0 - s))
+    out = D_GATE_UP + row * (2 * width) + col
+    tl.store(out, cast(d_gate, D_GATE_UP.dtype.element_ty, INTERPRET), mask)
+    tl.store(out + width, cast(dh * gate * s, D_GATE_UP.dtype.element_ty, INTERPRET), mask)
+
+
+def _unit_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _swiglu_triton(gate_up: torch.Tensor) -> torch.Tensor:
+    gate_up = _unit_rows(gate_up)
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    h = gate_up.new_empty(tokens, width)
+    launch(_forward_kernel, (tokens, cdiv(width, _BLOCK)), gate_up, h, width, gate_up.stride(0), BLOCK=_BLOCK)
+    return h
+
+
+def _swiglu_backward_triton(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    dh, gate_up = _unit_rows(dh), _unit_rows(gate_up)
+    tokens, width = dh.shape
+    out = gate_up.new_empty(gate_up.shape)
+    strides = dh.stride(0), gate_up.stride(0)
+    launch(_backward_kernel, (tokens, cdiv(width, _BLOCK)), dh, gate_up, out, width, *strides, BLOCK=_BLOCK)
+    return out
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 _forward_op = define_op(
     "swiglu",
     "(Tensor gate_up) -> Tensor",
     cpu=_swiglu_cpu,
+    cuda=_swiglu_triton,
     fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
 )
 _backward_op = define_op(
     "swiglu_backward",
     "(Tensor dh, Tensor gate_up) -> Tensor",
     cpu=_swiglu_backward_cpu,
+    cuda=_swiglu_backward_triton,
     fake=lambda dh, gate_up: gate_up.new_empty(gate_up.shape),
 )
 
