@@ -1,0 +1,230 @@
+"""Merge methods as pure functions on tensors: float32 in, float32 out, each readable as its paper's formula.
+
+Touches no files. Every arithmetic step is one IEEE operation on each element, or a sum with a fixed tree, so a tensor
+merged whole, in chunks, by any number of threads or on another device has the same bits. Chunks must start at multiples
+of ROW elements. The pieces that need to see a whole tensor first (slerp's angle, the k largest of a task vector) are
+`partial_sums` with `slerp_weights`, and `LargestK`; the functions that take whole tensors are made of the same pieces.
+
+B is the base, M_i the models, delta_i = M_i - B the task vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROW = 4096
+PARALLEL_COSINE = 0.9995
+SMALL_NORM = 1e-8
+SMALL_WEIGHT_SUM = 1e-8
+
+
+def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool = True) -> Tensor:
+    """sum_i w_i M_i, divided by sum_i w_i if normalize (model soups, https://arxiv.org/abs/2203.05482).
+
+    Args:
+        tensors: M_i, float32, all of one shape.
+        weights: one number per tensor; under `normalize` their sum must not be zero.
+    """
+    total = math.fsum(weights) if normalize else 1.0
+    return _weighted_sum(tensors, [weight / total for weight in weights])
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Spherical interpolation of two tensors as flat vectors (Shoemake 1985); a at t = 0 and b at t = 1, bit for bit.
+
+    theta is the angle between a and b; the result is (sin((1-t) theta) a + sin(t theta) b) / sin(theta), or the
+    straight line (1-t) a + t b where |cos theta| > 0.9995.
+
+    Args:
+        a, b: float32, of one shape.
+        t: position; outside [0, 1] it extrapolates.
+    """
+    dot, aa, bb = (math.fsum(partial_sums(x, y).tolist()) for x, y in ((a, b), (a, a), (b, b)))
+    weight_a, weight_b, _ = slerp_weights(dot, math.sqrt(aa), math.sqrt(bb), t)
+    return slerp_apply(a, b, weight_a, weight_b)
+
+
+def slerp_weights(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float, float]:
+    """What slerp multiplies a and b by, and the cosine between them.
+
+    A norm of at most 1e-8 counts as 1, as in mergekit: the angle of a zero vector is then a right one.
+    """
+    scale = (norm_a if norm_a > SMALL_NORM else 1.0) * (norm_b if norm_b > SMALL_NORM else 1.0)
+    cosine = max(-1.0, min(1.0, dot / scale))
+    if abs(cosine) > PARALLEL_COSINE or t in (0, 1):
+        return 1 - t, t, cosine
+    theta = math.acos(cosine)
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta), cosine
+
+
+def slerp_apply(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> Tensor:
+    """weight_a a + weight_b b, element by element: slerp once its weights are known."""
+    return _weighted_sum([a, b], [weight_a, weight_b])
+
+
+def task_arithmetic(
+    base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool = False, scale: float = 1.0
+) -> Tensor:
+    """B + scale sum_i w_i delta_i, divided by sum_i w_i if normalize (https://arxiv.org/abs/2212.04089).
+
+    With scale 0, or all weights 0, the result is the base bit for bit. A sum of weights under 1e-8 does not divide.
+
+    Args:
+        base: B, float32. deltas: delta_i = M_i - B in float32, of the same shape. scale: mergekit's `lambda`.
+    """
+    total = math.fsum(weights)
+    divisor = total if normalize and abs(total) >= SMALL_WEIGHT_SUM else 1.0
+    coefficients = [scale * weight / divisor for weight in weights]
+    if not any(coefficients):
+        return base
+    return base + _weighted_sum(deltas, coefficients)
+
+
+def ties(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """Trim, elect sign, merge (https://arxiv.org/abs/2306.01708): `trim` of each delta_i, then `ties_consensus`."""
+    trimmed = [trim(delta, density) for delta, density in zip(deltas, densities, strict=True)]
+    return ties_consensus(base, trimmed, weights, normalize, scale)
+
+
+def trim(delta: Tensor, density: float) -> Tensor:
+    """The k = max(1, int(density n)) elements of largest magnitude, zeros elsewhere; nothing is kept at density 0.
+
+    Exactly k: among elements of equal magnitude the lowest flat index goes first.
+    """
+    largest = LargestK(delta.numel(), density, delta.device)
+    flat = delta.reshape(-1)
+    for _ in range(largest.passes):
+        largest.count(flat)
+        largest.end_pass()
+    return largest.keep(flat).reshape(delta.shape)
+
+
+def ties_consensus(
+    base: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float], normalize: bool = True, scale: float = 1.0
+) -> Tensor:
+    """B + scale sum_i m_i d_i, divided by sum_i m_i w_i if normalize; element by element.
+
+    d_i = w_i tau_i for the trimmed task vectors tau_i. The elected sign is that of sum_i d_i, plus where the sum is 0;
+    m_i is 1 where d_i has that sign, so zeros take no part in the divisor. A divisor of 0 does not divide.
+    """
+    if scale == 0:
+        return base
+    weighted = [tau * weight for tau, weight in zip(trimmed, weights, strict=True)]
+    total = weighted[0].clone()
+    for d in weighted[1:]:
+        total += d
+    positive = total >= 0
+    merged = torch.zeros_like(base)
+    divisor = torch.zeros_like(base)
+    for d, weight in zip(weighted, weights):
+        agrees = torch.where(positive, d > 0, d < 0)
+        merged += d * agrees
+        divisor += agrees * weight
+    if normalize:
+        merged /= divisor.masked_fill_(divisor == 0, 1)
+    if scale != 1:
+        merged *= scale
+    return merged.add_(base)
+
+
+class LargestK:
+    """Selects the k largest magnitudes of a tensor seen in chunks, exactly, in a fixed amount of memory.
+
+    The bits of |x| as a 31-bit integer are in the order of the magnitudes. The first pass over all chunks counts their
+    upper 16 bits, which finds the bin that holds the k-th largest; the second counts the lower 15 bits within that bin,
+    which finds the k-th largest itself and how many elements equal to it belong to the k. Then `keep` is called once on
+    every chunk, in the order of the tensor, because the lowest flat index wins among equals.
+
+    Usage: for each of `passes` passes: `count` every chunk, then `end_pass`; then `keep` every chunk in order.
+    """
+
+    COARSE_BINS, FINE_BINS = 1 << 16, 1 << 15
+
+    def __init__(self, numel: int, density: float, device: torch.device | str = "cpu") -> None:
+        """numel: elements of the whole tensor. density in [0, 1]: k = max(1, int(density numel)), 0 at density 0."""
+        self.k = min(numel, max(1, int(density * numel))) if density > 0 else 0
+        self.passes = 2 if 0 < self.k < numel else 0
+        self._above = 0  # elements known to be larger than the current bin
+        self._bin: int | None = None
+        self._counts = torch.zeros(self.COARSE_BINS, dtype=torch.int64, device=device)
+        self._threshold = -1 if self.k else 0x7FFFFFFF  # keep all, or none, when there is nothing to count
+        self._equal_left = 0
+
+    def count(self, x: Tensor) -> None:
+        """One chunk (float32) of the current pass; the order of chunks does not matter."""
+        bits = _magnitude_bits(x)
+        if self._bin is None:
+            self._counts += torch.bincount(bits >> 15, minlength=self.COARSE_BINS)
+        else:  # bin 0 takes all that is smaller than the coarse bin, the last all that is larger
+            lower = (bits - ((self._bin << 15) - 1)).clamp_(0, self.FINE_BINS + 1)
+            self._counts += torch.bincount(lower, minlength=self.FINE_BINS + 2)
+
+    def end_pass(self) -> None:
+        """All chunks have been counted: find the bin in which the k-th largest lies."""
+        counts = self._counts if self._bin is None else self._counts[1:-1]
+        at_least = counts.flip(0).cumsum(0).flip(0) + self._above  # elements in this bin or a higher one
+        found = int((at_least >= self.k).sum()) - 1  # at_least never grows with the bin
+        self._above = int(at_least[found] - counts[found])
+        if self._bin is None:
+            self._bin = found
+            self._counts = self._counts.new_zeros(self.FINE_BINS + 2)
+        else:
+            self._threshold = (self._bin << 15) + found
+            self._equal_left = self.k - self._above
+
+    def keep(self, x: Tensor) -> Tensor:
+        """x where it is one of the k largest, 0 elsewhere. Chunks must come in the order of the tensor."""
+        if self._threshold < 0:
+            return x
+        bits = _magnitude_bits(x)
+        kept = bits > self._threshold
+        if self._equal_left:
+            equal = bits == self._threshold
+            found = int(equal.sum())
+            if found > self._equal_left:
+                equal &= equal.cumsum(0) <= self._equal_left
+            self._equal_left -= min(found, self._equal_left)
+            kept |= equal
+        return x * kept
+
+
+def partial_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of x * y over rows of ROW elements, float32 [ceil(n / ROW)]: the same bits wherever they are computed.
+
+    Each row is added up by a fixed binary tree of elementwise additions; a last short row is filled with zeros.
+    `math.fsum` over the rows of all chunks then gives the dot product, rounded once.
+    """
+    products = (x * y).reshape(-1)
+    missing = -products.numel() % ROW
+    if missing:
+        products = torch.nn.functional.pad(products, (0, missing))
+    rows = products.view(-1, ROW)
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows[:, 0]
+
+
+def _magnitude_bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i weights_i tensors_i in the given order. A weight of 0 leaves its tensor out, so that 1 * x + 0 * y is x
+    even where x is -0. Multiplication and addition stay two operations: fused they round differently elsewhere."""
+    total: Tensor | None = None
+    for tensor, weight in zip(tensors, weights, strict=True):
+        if weight:
+            total = tensor * weight if total is None else total.add_(tensor * weight)
+    return torch.zeros_like(tensors[0]) if total is None else total
