@@ -7,15 +7,15 @@
   context are scored too - for all choices of an item alike, so that they stay comparable;
 - a prompt that is too long loses tokens after its BOS, never the BOS.
 
-`lmeval` reproduces lm-evaluation-harness 0.4.13 (its `hf` backend) including its faults: continuation = tok(context +
-continuation)[len(tok(context)):], which drops continuation characters when a token straddles the border; a second BOS in
-rolling log-likelihoods; the BOS lost to left truncation; special strings in the text become special tokens.
+`lmeval` reproduces lm-evaluation-harness 0.4.13 (its `hf` backend) with its faults: the continuation is tok(context +
+continuation)[len(tok(context)):], which drops characters of it when a token straddles the border; rolling
+log-likelihoods get a second BOS; left truncation loses the BOS; special strings in the text become special tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 
@@ -53,11 +53,20 @@ class Encoder:
         self.prefix_id: int = prefix  # stands in for an empty context
         self.add_bos = (tokenizer.adds_bos if add_bos is None else add_bos) and tokenizer.bos_id is not None
 
-    def prompt(self, text: str, room: int) -> tuple[list[int], int]:
-        """A prompt as the model should see it, cut from the left to `room` tokens; and how many tokens were cut."""
-        ids = self._lmeval_encode(text) if self.mode == "lmeval" else self._bos() + self.tokenizer.encode(text)
+    def prompt(self, prompt: str | list[int], room: int) -> tuple[list[int], int]:
+        """A text, or tokens as they are, cut from the left to `room` tokens; and how many tokens were cut."""
+        if isinstance(prompt, list):
+            ids = prompt
+        elif self.mode == "lmeval":
+            ids = self._lmeval_encode(prompt)
+        else:
+            ids = self._bos() + self.tokenizer.encode(prompt)
         excess = max(0, len(ids) - room)
         return self._cut_left(ids, excess), excess
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """A conversation through the model's chat template, up to where the assistant's answer begins."""
+        return self.tokenizer.encode_with_special(self.tokenizer.render_chat(messages, add_generation_prompt=True))
 
     def rolling(self, text: str) -> list[int]:
         """The tokens of a document to be predicted in rolling windows, whose first context is `prefix_id`.

@@ -43,7 +43,7 @@ def multiple_choice(
             {value, stderr}, the mean over items of log p(gold) - the best log p of another choice, in nats.
         letters: {predicted, gold}: how often each place (A, B, ...) was chosen and was right.
         counts: truncated_items (prompt cut to max_length).
-        items: per item id, gold, logprobs, pred, pred_norm, pred_bytes, margin, is_greedy (of the prediction), truncated.
+        items: per item id, gold, logprobs, pred, pred_norm, pred_bytes, margin, is_greedy (of pred), truncated.
     """
     requests, owners = [], []
     for number, item in enumerate(items):

@@ -1,7 +1,7 @@
 """Uncertainty of scores: standard errors, intervals and paired tests. Knows numbers only, numpy is all it touches.
 
-Closed forms wherever one exists. Items of an evaluation are treated as a sample from a population of such items; nothing
-here speaks of the noise between two training runs.
+Closed forms wherever one exists. Items of an evaluation are treated as a sample from a population of such items;
+nothing here speaks of the noise between two training runs.
 """
 
 from __future__ import annotations
