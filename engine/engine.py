@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import PackedBatch
+from ..data.batch import IGNORE, PackedBatch
 from ..kernels import linear_cross_entropy
 from .config import ModelConfig
 from .model import Decoder
@@ -29,7 +29,6 @@ from .optimizer import AdamW, AdamWConfig
 from .weights import export_model, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-IGNORE_INDEX = -100  # label of a position without a target
 
 
 class SourceLoss(NamedTuple):
@@ -115,7 +114,7 @@ class Engine:
         if batch.source_ids.max() >= num_sources:
             raise ValueError(f"batch: source id {batch.source_ids.max()}, but num_sources is {num_sources}")
         source_T = np.repeat(batch.source_ids, np.diff(batch.cu_seqlens))
-        tokens_S = np.bincount(source_T[batch.labels != IGNORE_INDEX], minlength=num_sources)
+        tokens_S = np.bincount(source_T[batch.labels != IGNORE], minlength=num_sources)
 
         hidden_TD = self.decoder(
             self._to_device(batch.tokens),
@@ -125,7 +124,7 @@ class Engine:
         )
         scale = torch.full((), 1.0 / num_valid, dtype=torch.float32, device=self.device)
         loss, nll_T = linear_cross_entropy(
-            hidden_TD, self.decoder.head_weight, self._to_device(batch.labels), scale=scale, ignore_index=IGNORE_INDEX
+            hidden_TD, self.decoder.head_weight, self._to_device(batch.labels), scale=scale, ignore_index=IGNORE
         )
         # A masked sum for each source, not index_add: on a GPU that adds in an order that changes from run to run.
         is_source_ST = self._to_device(source_T) == torch.arange(num_sources, device=self.device)[:, None]
@@ -147,15 +146,18 @@ class Engine:
         """
         return self.optimizer.step(lr)
 
-    def export(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face folder that transformers opens; published atomically, `path` must not exist yet.
+    def export(
+        self, path: str | Path, dtype: torch.dtype | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        """Publish a Hugging Face folder that transformers opens: see `weights.export_model`.
 
         Raises:
             ValueError: the engine was not made from a folder.
+            FileExistsError: `path` is not empty.
         """
         if self.source_folder is None:
             raise ValueError("export needs the folder whose config and tokenizer to carry: give Engine source_folder")
-        export_model(self.decoder, self.source_folder, path, dtype=dtype)
+        export_model(self.decoder, self.source_folder, path, dtype=dtype, provenance=provenance)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves."""
