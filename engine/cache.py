@@ -4,6 +4,7 @@ alternatives of one prompt in scoring. Packed like the decoder's input: the sequ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,12 @@ class KVCache:
         self.lengths: list[int] = []
         self.keys: list[Tensor | None] = [None] * num_layers  # [C, K, H] each
         self.values: list[Tensor | None] = [None] * num_layers
+
+    def fork(self) -> KVCache:
+        """A second cache that holds the same tensors: `branch` on either leaves the other as it is. Copies nothing."""
+        twin = copy.copy(self)
+        twin.keys, twin.values = list(self.keys), list(self.values)
+        return twin
 
     def branch(self, parents: Sequence[int | None], lengths: Sequence[int]) -> None:
         """Sequence i of the next pass is cached sequence `parents[i]` (None: nothing) and `lengths[i]` new tokens.

@@ -4,7 +4,6 @@ waiting ones. Tokens in, tokens out; text and templates are the caller's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .cache import KVCache
-from .config import ModelConfig
+from .config import ModelConfig, read_json_object
 from .model import Decoder
 
 
@@ -32,7 +31,7 @@ def stop_ids_of(folder: str | Path) -> tuple[int, ...]:
     `config.json`. Chat models often name more of them in the former (the end of a turn beside the end of a text)."""
     path = Path(folder) / "generation_config.json"
     if path.is_file():
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        eos = read_json_object(path).get("eos_token_id")
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return ModelConfig.from_folder(folder).eos_token_ids

@@ -62,6 +62,20 @@ def test_branches_equal_separate_sequences(case):
         assert relative_error(output, whole(decoder, torch.cat(doc))[-len(output) :]) < 1e-6
 
 
+def test_a_fork_leaves_the_original_as_it_is():
+    decoder = decoder_like(tiny_transformers("qwen3"))
+    prompt, end_1, end_2 = documents([9, 3, 4], 97)
+    cache = KVCache(decoder.config.num_hidden_layers)
+    cache.branch([None], [9])
+    read(decoder, cache, [prompt])
+    for end in (end_1, end_2, end_1):
+        fork = cache.fork()
+        fork.branch([0], [len(end)])
+        output = read(decoder, fork, [end])
+        assert relative_error(output, whole(decoder, torch.cat([prompt, end]))[9:]) < 1e-6
+    assert cache.lengths == [9]
+
+
 def test_the_next_pass_is_described():
     cache = KVCache(num_layers=0)
     cache.branch([None, None], [3, 2])
