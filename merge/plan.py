@@ -124,6 +124,7 @@ class _Planner:
         self.config = config
         self.folder = folder
         self.errors: list[str] = []
+        self.unresolved: set[tuple[str, str]] = set()
         self.notes: list[str] = []
         self.warnings: Counter[str] = Counter()
         self.paths: list[Path] = []
@@ -379,10 +380,10 @@ class _Planner:
         method = self.config.merge_method
         values: dict[str, Any] = {}
         for key, default in SHARED_PARAMETERS[method].items():
-            values[key] = self._resolve(key, default, stack.shared_scopes, name, depth, name)
+            values[key] = self._resolve(key, default, stack.shared_scopes, name, depth, "the merge")
         for key, default in MODEL_PARAMETERS[method].items():
             values[key] = [
-                self._resolve(key, default, scopes, name, depth, f"{name} of {self.paths[model]}")
+                self._resolve(key, default, scopes, name, depth, str(self.paths[model]))
                 for position, (model, scopes) in enumerate(zip(stack.models, stack.model_scopes))
                 if position != stack.base
             ]
@@ -394,7 +395,7 @@ class _Planner:
         return values
 
     def _resolve(
-        self, key: str, default: Scalar | None, scopes: Sequence[Parameters], name: str, depth: float, where: str
+        self, key: str, default: Scalar | None, scopes: Sequence[Parameters], name: str, depth: float, owner: str
     ) -> Scalar | None:
         """The first scope with a filter that matches wins: model, then slice, then the top; then the default."""
         for scope in scopes:
@@ -402,8 +403,9 @@ class _Planner:
                 value = scope[key].at(name, depth)
                 if value is not None:
                     return value
-        if default is None:
-            self._error(f"{where}: no value for the required parameter {key!r}")
+        if default is None and (owner, key) not in self.unresolved:
+            self.unresolved.add((owner, key))
+            self._error(f"{owner}: no value for the required parameter {key!r} (first needed for {name})")
         return default
 
     def _check_values(self, values: Mapping[str, Any]) -> None:

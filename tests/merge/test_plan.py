@@ -1,0 +1,224 @@
+"""What is settled from headers alone: parameters, heads, donors, warnings, and every refusal before a byte is out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steep.merge import MergePlan, TensorPlan, parse_config, plan_merge
+from steep.merge.plan import layer_index
+from tests.merge.models import random_tensors, sibling, write_model
+
+Q_PROJ, UP_PROJ = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    base = random_tensors(0)
+    for number, name in enumerate(("base", "a", "b")):
+        write_model(folder / name, sibling(base, number))
+    tied = random_tensors(5, tied=True)
+    write_model(folder / "tied", tied, tie_word_embeddings=True)
+    head = {"lm_head.weight": tied["model.embed_tokens.weight"].clone()}
+    write_model(folder / "tied_with_head", tied | head, tie_word_embeddings=True)
+    write_model(folder / "untied", random_tensors(6))
+    write_model(folder / "more_words", random_tensors(7, vocab=328), vocab_size=328)
+    write_model(folder / "deeper", random_tensors(8, layers=4), num_hidden_layers=4)
+    return folder
+
+
+def plan(folder: Path, method: str, models: list[Any], **changes: Any) -> MergePlan:
+    entries = [entry if isinstance(entry, dict) else {"model": entry} for entry in models]
+    return plan_merge(parse_config({"merge_method": method, "models": entries} | changes), folder)
+
+
+def weighted(model: str, weight: Any = 1.0, **parameters: Any) -> dict[str, Any]:
+    return {"model": model, "parameters": {"weight": weight} | parameters}
+
+
+def by_name(plan: MergePlan) -> dict[str, TensorPlan]:
+    return {tensor.name: tensor for tensor in plan.tensors}
+
+
+def test_layer_index() -> None:
+    assert layer_index("model.layers.12.mlp.experts.5.w1.weight") == 12
+    assert layer_index("model.embed_tokens.weight") is None
+
+
+def test_gradients_run_over_the_layers_and_start_at_their_first_value_outside(folder: Path) -> None:
+    gradient = [{"filter": "self_attn", "value": [0, 1]}, {"filter": "mlp", "value": [1, 0, 0.5]}]
+    gradient.append({"value": [0.2, 0.4]})
+    tensors = by_name(plan(folder, "slerp", ["a"], base_model="base", parameters={"t": gradient}))
+    assert [tensors[Q_PROJ.format(layer)].parameters["t"] for layer in range(3)] == [0, 0.5, 1]
+    assert [tensors[UP_PROJ.format(layer)].parameters["t"] for layer in range(3)] == [1, 0, 0.5]
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert tensors[name].parameters["t"] == 0.2
+    assert tensors["model.layers.1.input_layernorm.weight"].parameters["t"] == pytest.approx(0.3)
+
+
+def test_slices_have_their_own_gradients_and_sources(folder: Path) -> None:
+    def sources(first: int, last: int) -> list[dict[str, Any]]:
+        return [{"model": name, "layer_range": [first, last]} for name in ("base", "a")]
+
+    slices = [
+        {"sources": sources(0, 1), "parameters": {"t": 0.9}},
+        {"sources": sources(1, 3), "parameters": {"t": [{"filter": "mlp", "value": [0.6, 0.8]}]}},
+    ]
+    config = {"merge_method": "slerp", "base_model": "base", "slices": slices, "parameters": {"t": [0.1, 0.3]}}
+    tensors = by_name(plan_merge(parse_config(config), folder))
+    assert [tensors[UP_PROJ.format(layer)].parameters["t"] for layer in range(3)] == pytest.approx([0.9, 0.6, 0.8])
+    assert [tensors[Q_PROJ.format(layer)].parameters["t"] for layer in range(3)] == pytest.approx([0.9, 0.1, 0.3])
+    assert tensors["model.embed_tokens.weight"].parameters["t"] == 0.9
+    assert tensors["lm_head.weight"].parameters["t"] == 0.1
+
+    slices[1]["sources"] = sources(2, 3)
+    with pytest.raises(ValueError, match=r"slices.1: layer_range \[2, 3\]; slices must cover the 3 layers once"):
+        plan_merge(parse_config(config), folder)
+    with pytest.raises(ValueError, match="slices: end at layer 1, the models have 3"):
+        plan_merge(parse_config(config | {"slices": slices[:1]}), folder)
+    without_base = [{"sources": [{"model": name, "layer_range": [0, 3]} for name in ("a", "b")]}]
+    with pytest.raises(ValueError, match="slices.0: base_model .*/base is not among the sources"):
+        plan_merge(parse_config(config | {"slices": without_base}), folder)
+
+
+def test_a_models_parameter_goes_before_the_global_one(folder: Path) -> None:
+    entries = [weighted("a", [{"filter": "mlp", "value": 0.9}], density=0.5), {"model": "b"}]
+    tensors = by_name(plan(folder, "ties", entries, base_model="base", parameters={"weight": 0.4, "density": 0.3}))
+    assert tensors[UP_PROJ.format(0)].parameters == {
+        "normalize": True, "lambda": 1.0, "weight": [0.9, 0.4], "density": [0.5, 0.3],
+    }  # fmt: skip
+    assert tensors[Q_PROJ.format(0)].parameters["weight"] == [0.4, 0.4]
+
+
+def test_base_is_added_last_and_is_the_donor(folder: Path) -> None:
+    found = plan(folder, "task_arithmetic", [weighted("b"), weighted("a")], base_model="base")
+    assert [model.path.name for model in found.models] == ["b", "a", "base"]
+    assert found.config_donor == found.tokenizer_donor == folder / "base"
+    tensor = found.tensors[0]
+    assert [source.model for source in tensor.sources] == [0, 1, 2]
+    assert tensor.base == 2
+    assert plan(folder, "linear", [weighted("b"), weighted("a")]).config_donor == folder / "b"
+
+
+def test_output_dtype_is_out_dtype_else_dtype_else_the_donors(folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "half", random_tensors(0), dtype=torch.bfloat16)
+    models = [weighted(str(tmp_path / "half")), weighted("a")]
+    for keys, dtype, written in [
+        ({}, torch.bfloat16, "bfloat16"),
+        ({"dtype": "float16"}, torch.float16, "float16"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),
+    ]:
+        found = plan(folder, "linear", models, **keys)
+        assert {tensor.dtype for tensor in found.tensors} == {dtype}
+        assert found.config_json["torch_dtype"] == written
+
+
+def test_tied_heads(folder: Path) -> None:
+    both = plan(folder, "linear", [weighted("tied"), weighted("tied_with_head")])
+    assert "lm_head.weight" not in by_name(both)
+    assert any("stored but tied" in note for note in both.notes)
+    mixed = plan(folder, "linear", [weighted("tied"), weighted("untied")])
+    assert [source.name for source in by_name(mixed)["lm_head.weight"].sources] == [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ]
+    assert mixed.config_json["tie_word_embeddings"] is False
+    assert any("tied in some models" in note for note in mixed.notes)
+
+
+def test_all_problems_are_reported_together(folder: Path, tmp_path: Path) -> None:
+    tensors = sibling(random_tensors(0), 1)
+    del tensors["model.norm.weight"]
+    tensors[Q_PROJ.format(1)] = torch.zeros(64, 32)
+    write_model(tmp_path / "odd", tensors)
+    with pytest.raises(ValueError) as error:
+        plan(folder, "linear", ["base", weighted(str(tmp_path / "odd"))])
+    text = str(error.value)
+    assert f"model.norm.weight: not in {tmp_path / 'odd'}" in text
+    assert f"{Q_PROJ.format(1)}: shapes differ: [64, 64] in {folder / 'base'}; [64, 32] in {tmp_path / 'odd'}" in text
+    assert f"{folder / 'base'}: no value for the required parameter 'weight' (first needed for model.embed" in text
+    assert len(text.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "changes", "message"),
+    [
+        ("linear", ["base", "more_words"], {"parameters": {"weight": 1}},
+         r"model.embed_tokens.weight: vocabularies differ: rows 320 in .*base, 328 in .*more_words"),
+        ("linear", ["base", "deeper"], {"parameters": {"weight": 1}}, "num_hidden_layers is 3 in .*base and 4 in"),
+        ("linear", ["a", "a"], {"parameters": {"weight": 1}}, "models: .*/a is listed 2 times"),
+        ("linear", [weighted("a", 1), weighted("b", -1)], {}, r"weights \[1.0, -1.0\] sum to 0 under normalize"),
+        ("slerp", ["a", "b"], {"base_model": "base", "parameters": {"t": 0.5}}, "slerp: needs exactly two models"),
+        ("slerp", ["a"], {"base_model": "base"}, "no value for the required parameter 't'"),
+        ("ties", ["base"], {"base_model": "base"}, "ties: needs at least one model besides the base"),
+        ("ties", [weighted("a")], {"base_model": "base", "parameters": {"rescale": True}}, "rescale: true is not"),
+        ("linear", [weighted("a")], {"tokenizer_source": "b"}, "tokenizer_source: .*/b is not one of the merged"),
+        ("linear", [weighted("nowhere")], {}, "model 'nowhere': no such folder"),
+    ],
+)  # fmt: skip
+def test_refusals(folder: Path, method: str, models: list[Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        plan(folder, method, models, **changes)
+
+
+def test_a_truncated_or_missing_shard_is_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "whole", random_tensors(0))
+    for name, damage in (("cut", "truncate"), ("gone", "unlink")):
+        write_model(tmp_path / name, random_tensors(0), shards=2)
+        shard = tmp_path / name / "model-00002-of-00002.safetensors"
+        if damage == "unlink":
+            shard.unlink()
+        else:
+            shard.write_bytes(shard.read_bytes()[:-10])
+        with pytest.raises((ValueError, FileNotFoundError), match="model-00002-of-00002.safetensors"):
+            plan(tmp_path, "linear", [weighted("whole"), weighted(name)])
+
+
+def test_quantised_and_pickled_models_are_refused(folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "quantised", random_tensors(0), quantization_config={"bits": 4})
+    with pytest.raises(ValueError, match="quantised weights cannot be merged"):
+        plan(folder, "linear", [weighted(str(tmp_path / "quantised"))])
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="pickle"):
+        plan(folder, "linear", [weighted(str(tmp_path / "pickled"))])
+
+
+def test_warnings(folder: Path, tmp_path: Path) -> None:
+    def warnings(*arguments: Any, **changes: Any) -> str:
+        return "\n".join(plan(folder, *arguments, **changes).warnings)
+
+    assert "reads no 'density'" in warnings("linear", [weighted("a", density=0.5)])
+    assert "belongs to the merge as a whole" in warnings("linear", [weighted("a", normalize=True)])
+    assert "reads no parameters of the base" in warnings("ties", [weighted("base"), weighted("a")], base_model="base")
+    assert "t = 1.5 is outside [0, 1]" in warnings("slerp", ["a"], base_model="base", parameters={"t": 1.5})
+    nothing = {"base_model": "base", "parameters": {"normalize": True}}
+    assert "not divided" in warnings("task_arithmetic", [weighted("a"), weighted("b", -1)], **nothing)
+    assert "nearly cancel" in warnings("linear", [weighted("a"), weighted("b", -0.99)])
+    assert "divisors can be near zero" in warnings("ties", [weighted("a"), weighted("b", -0.3)], base_model="base")
+    write_model(tmp_path / "longer", random_tensors(0), rope_theta=1e6)
+    assert "rope_theta is 10000.0" in warnings("linear", [weighted("a"), weighted(str(tmp_path / "longer"))])
+    assert warnings("linear", [weighted("a"), weighted("b")]) == ""
+
+
+def test_tokenizers_that_disagree(tmp_path: Path) -> None:
+    for name, vocabulary in {
+        "one": {"a": 0, "b": 1, "c": 2},
+        "same_and_more": {"c": 2, "b": 1, "a": 0, "d": 3},
+        "other": {"a": 0, "b": 2, "c": 1},
+    }.items():
+        write_model(tmp_path / name, random_tensors(0))
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    assert plan(tmp_path, "linear", [weighted("one"), weighted("same_and_more")]).warnings == ()
+    (warning,) = plan(tmp_path, "linear", [weighted("one"), weighted("other")]).warnings
+    assert "2 ids (first: 1) mean other tokens" in warning
+    with pytest.raises(ValueError, match="tokenizer_source cannot rearrange rows yet"):
+        plan(tmp_path, "linear", [weighted("one"), weighted("other")], tokenizer_source="other")
+    chosen = plan(tmp_path, "linear", [weighted("one"), weighted("same_and_more")], tokenizer_source="same_and_more")
+    assert chosen.config_donor.name == "one"
+    assert [file.name for donor, file in chosen.carried if donor.name == "same_and_more"] == ["tokenizer.json"]
