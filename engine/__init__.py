@@ -28,6 +28,7 @@ _HOME = {
     "learning_rate": "schedule",
     "load_recipe": "recipe",
     "load_weights": "weights",
+    "parse_recipe": "recipe",
     "read_metrics": "metrics",
     "train": "trainer",
 }

@@ -99,6 +99,7 @@ class Trainer:
             self.console.print(f"{out}: this run is finished")
             return read_manifest(out, _KIND)
 
+        torch.manual_seed(recipe.data.seed)
         self.engine = Engine.load(
             recipe.model,
             dtype=recipe.precision,
