@@ -110,7 +110,9 @@ class Scorer:
         greedy = np.ones(len(requests), dtype=bool)
         done = 0
         # Each entry: a cache and the nodes that continue its sequences, as (sequence in the cache, node).
-        stack: list[tuple[KVCache | None, list[tuple[int, Node]]]] = [(None, [(0, root) for root in roots])]
+        stack: list[tuple[KVCache | None, list[tuple[int, Node]]]] = []
+        if roots:
+            stack.append((None, [(0, root) for root in roots]))
         while stack:
             parent_cache, waiting = stack.pop()
             batch, rest = self._take(waiting)

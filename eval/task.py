@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import dataclasses
 import functools
 import glob
 import io
@@ -318,7 +319,7 @@ def _bind(name: str | Task, num_fewshot: int | None) -> list[BoundTask]:
         return [BoundTask(wanted, None, task, {task.test_split: place})]
     tasks = list(_subjects(task, place))
     if wanted != task.task:
-        tasks = [one for one in tasks if one.name == wanted]
+        tasks = [dataclasses.replace(one, group=None) for one in tasks if one.name == wanted]
         if not tasks:
             raise ValueError(f"task {task.task}: no subject of {place} is named {wanted!r}")
     return tasks
