@@ -25,7 +25,16 @@ from typing import Any
 
 from ..data.files import atomic_folder, atomic_write, hash_inputs, make_manifest, sha256_file, write_manifest
 from .demo_items import make_items
-from .demo_ontology import Relatives, Term, is_held_out, ontology_version, parse_obo, rank
+from .demo_ontology import (
+    Relatives,
+    Term,
+    as_sentence,
+    in_sentence,
+    is_held_out,
+    ontology_version,
+    parse_obo,
+    rank,
+)
 
 
 @dataclass(frozen=True)
@@ -121,26 +130,17 @@ class Document:
 def name_first(term: Term) -> str:
     """"Name: definition. Also called ..." as prose."""
     also = f" Also called {_listing(term.synonyms)}." if term.synonyms else ""
-    return f"{term.name}: {_sentence(term.definition)}{also}"
+    return f"{term.name}: {as_sentence(term.definition)}{also}"
 
 
 def definition_first(term: Term) -> str:
     """The same facts in the other direction: what is read first predicts what comes after, not the reverse."""
-    return f"{_sentence(term.definition)} This is called {_listing((_lower_first(term.name), *term.synonyms))}."
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else text + "."
+    return f"{as_sentence(term.definition)} This is called {_listing((term.name, *term.synonyms))}."
 
 
 def _listing(names: Sequence[str]) -> str:
-    names = [_lower_first(name) for name in names]
+    names = [in_sentence(name) for name in names]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _lower_first(name: str) -> str:
-    """"Renal cyst" -> "renal cyst" inside a sentence; "IgA deficiency" and "X-linked" keep their capitals."""
-    return name[0].lower() + name[1:] if len(name) > 1 and name[1].islower() else name
 
 
 def stdlib_docstrings(root: Path) -> tuple[list[Document], Counter[str]]:

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
-from .demo_ontology import Relatives, Term, rank
+from .demo_ontology import Relatives, Term, as_sentence, in_sentence, rank
 
 BLANK = "___"
+QUESTION = "This is called"  # the model continues with a name; training text says so in the same words
 CHOICES = 4
 MIN_REMAINING, MAX_WORDS = 6, 60  # content words left in a question; words in a definition
 
@@ -26,7 +27,7 @@ _FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `choices` are names, `gold` the index of the right one, `choice_ids` the terms behind them."""
+    """One question, to be continued by one of `choices`: `gold` is the right one's place, `choice_ids` their terms."""
 
     id: str
     question: str
@@ -118,8 +119,8 @@ def _make_item(relatives: Relatives, identity: str, pool: Set[str], gold: int) -
         return "synonym in the definition"
     return Item(
         identity,
-        question,
-        tuple(choice.name for choice in choices),
+        f"{as_sentence(question)} {QUESTION}",
+        tuple(in_sentence(choice.name) for choice in choices),
         gold,
         tuple(choice.id for choice in choices),
     )

@@ -85,6 +85,16 @@ def ontology_version(text: str) -> str:
     return match[1].strip() if match else "unknown"
 
 
+def as_sentence(text: str) -> str:
+    """A definition with its full stop."""
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def in_sentence(name: str) -> str:
+    """"Renal cyst" -> "renal cyst", for use inside a sentence; "IgA deficiency" and "X-linked" keep their capitals."""
+    return name[0].lower() + name[1:] if len(name) > 1 and name[1].islower() else name
+
+
 def rank(identity: str) -> int:
     """A number in [0, 2**64) from the SHA-256 of a name: the only source of "random" order in the demo."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big")
