@@ -1,13 +1,13 @@
 """What every Triton kernel of this folder shares: the launcher, and casts that are right both compiled and interpreted.
 
-The house rule (Triton's CPU interpreter, up to 3.9 at least, computes wrongly on bf16 and truncates on conversion to it):
-load and convert to fp32 first; all arithmetic, reductions and comparisons in fp32; `cast` before every store; `operand`
-for every argument of `tl.dot`; no inline assembly, no atomics. A kernel written so gives the same numbers in both worlds,
-and `launch` lets one process use both: a kernel is compiled for CUDA tensors (or ahead of time) and interpreted for CPU
+The house rule (Triton's CPU interpreter, up to 3.9 at least, computes wrongly on bf16 and truncates when it converts to
+it): load and convert to fp32 first; all arithmetic, reductions and comparisons in fp32; `cast` before every store;
+`operand` for every argument of `tl.dot`; no inline assembly, no atomics. A kernel written so gives the same numbers in
+both worlds, and `launch` lets one process use both: compiled for CUDA tensors (or ahead of time), interpreted for CPU
 tensors, whatever TRITON_INTERPRET says.
 
-Without triton installed `kernel` leaves plain functions behind, which nothing calls: CPU tensors take the torch references.
-May touch: torch, triton.
+Without triton installed `kernel` leaves plain functions behind, which nothing calls: CPU tensors take the torch
+references. May touch: torch, triton.
 """
 
 from __future__ import annotations
@@ -41,9 +41,16 @@ def launch(fn: Callable, grid: tuple[int, ...], *args, num_warps: int = 4, num_s
         with torch.cuda.device_of(args[0]):
             fn[grid](*args, INTERPRET=False, **options, **constexprs)
     else:
-        # Device functions, triton's own (tl.sum) included, are JITFunctions: while interpreting, a call interprets them.
-        with patch.object(JITFunction, "__call__", lambda jit, *a, **kw: _interpreted(jit.fn)(*a, **kw)):
+        # Device functions, triton's own (tl.sum) among them, are JITFunctions too: here a call interprets them.
+        with patch.object(JITFunction, "__call__", _interpret_device_function):
             _interpreted(fn.fn)[grid](*args, INTERPRET=True, **constexprs)
+
+
+def _interpret_device_function(jit_function: Callable, *args, **kwargs):
+    interpreted = _interpreted(jit_function.fn)
+    if not jit_function.module.startswith("triton."):
+        interpreted = interpreted.rewrite()  # our `tl` is already the interpreter's: not patched a second time
+    return interpreted(*args, **kwargs)
 
 
 @cache

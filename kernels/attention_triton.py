@@ -4,10 +4,10 @@
     delta_i = do_i . o_i        ds_ij = p_ij * (do_i . v_j - delta_i)
     dq_i = scale * sum_j ds_ij k_j        dk_j = scale * sum_i ds_ij q_i        dv_j = sum_i p_ij do_i
 
-Floor: 4*D FLOPs per visible (query, key, head) forward, 10*D backward (here 14*D: dq and dk/dv each recompute s, which is
-what makes both plain sums in a fixed order, without atomics). Saved: q, k, v, o and one fp32 lse per row and head.
+Floor: 4*D FLOPs per visible (query, key, head) forward, 10*D backward (here 14*D: dq and dk/dv each recompute s and dp,
+which makes both of them plain sums in a fixed order, without atomics). Saved: q, k, v, o and one fp32 lse per row and head.
 Source: FlashAttention-2, arXiv:2307.08691. This is the backend that is always there; the dispatch prefers tuned ones.
-A launch covers exactly the tiles that exist, at most T/BLOCK + documents, by way of a tile table made on the device.
+A launch covers the tiles that exist, at most T/BLOCK + documents, by way of a tile table made on the device.
 May touch: torch, triton.
 """
 
@@ -16,8 +16,6 @@ from __future__ import annotations
 import torch
 
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, operand, tl
-
-_LOG2E = 1.4426950408889634
 
 
 @kernel
@@ -46,6 +44,13 @@ def _tile_table(cu_seqlens: torch.Tensor, rows: int, block: int) -> torch.Tensor
 
 
 @kernel
+def _document(CU_Q, CU_K, doc):
+    """First row in q and in k (int64: rows are multiplied by strides), number of queries and of keys."""
+    q0, k0 = tl.load(CU_Q + doc), tl.load(CU_K + doc)
+    return q0.to(tl.int64), k0.to(tl.int64), tl.load(CU_Q + doc + 1) - q0, tl.load(CU_K + doc + 1) - k0
+
+
+@kernel
 def _visible(query, key, shift, queries, keys, window, WINDOW: tl.constexpr):
     """Which (query, key) pairs, numbered within their document, take part."""
     last = query + shift
@@ -57,18 +62,18 @@ def _visible(query, key, shift, queries, keys, window, WINDOW: tl.constexpr):
 
 @kernel
 def _forward_kernel(
-    Q, K, V, O, LSE, CU_Q, CU_K, TABLE, q_st, q_sh, k_st, k_sh, v_st, v_sh, heads, groups, head_dim, scale_log2, window,
+    Q, K, V, OUT, LSE, CU_Q, CU_K, TABLE, q_st, q_sh, k_st, k_sh, v_st, v_sh, heads, groups, head_dim, total,
+    scale, window,
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = Q.dtype.element_ty
+    LOG2E: tl.constexpr = 1.4426950408889634
     tile, head = tl.program_id(0), tl.program_id(1)
     doc = tl.load(TABLE + 2 * tile)
     if doc >= 0:
         start = tl.load(TABLE + 2 * tile + 1)
-        q0, k0 = tl.load(CU_Q + doc).to(tl.int64), tl.load(CU_K + doc).to(tl.int64)
-        queries = (tl.load(CU_Q + doc + 1) - q0).to(tl.int32)
-        keys = (tl.load(CU_K + doc + 1) - k0).to(tl.int32)
+        q0, k0, queries, keys = _document(CU_Q, CU_K, doc)
         shift = keys - queries
         m = start + tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
@@ -78,6 +83,7 @@ def _forward_kernel(
         k_ptr = K + k0 * k_st + (head // groups) * k_sh
         v_ptr = V + k0 * v_st + (head // groups) * v_sh
 
+        scale_log2 = scale * LOG2E
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -102,39 +108,40 @@ def _forward_kernel(
             row_max = new_max
         o = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
         rows = q0 + m
-        tl.store(O + (rows[:, None] * heads + head) * head_dim + d[None, :], cast(o, dtype, INTERPRET), in_m)
-        tl.store(LSE + rows * heads + head, (row_max + tl.log2(row_sum)) / 1.4426950408889634, m < queries)
+        tl.store(OUT + (rows[:, None] * heads + head) * head_dim + d[None, :], cast(o, dtype, INTERPRET), in_m)
+        lse = (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) / LOG2E
+        tl.store(LSE + head * total + rows, lse, m < queries)
 
 
 @kernel
 def _delta_kernel(
-    O, DO, DELTA, do_st, do_sh, heads, head_dim, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr
+    OUT, DO, DELTA, do_st, do_sh, heads, head_dim, total,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     """delta = do . o of every head of one row."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     mask = (head[:, None] < heads) & (d[None, :] < head_dim)
-    o = tl.load(O + (row * heads + head[:, None]) * head_dim + d[None, :], mask, 0.0).to(tl.float32)
+    o = tl.load(OUT + (row * heads + head[:, None]) * head_dim + d[None, :], mask, 0.0).to(tl.float32)
     do = tl.load(DO + row * do_st + head[:, None] * do_sh + d[None, :], mask, 0.0).to(tl.float32)
-    tl.store(DELTA + row * heads + head, tl.sum(o * do, 1), head < heads)
+    tl.store(DELTA + head * total + row, tl.sum(o * do, 1), head < heads)
 
 
 @kernel
 def _dq_kernel(
     Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, TABLE, q_st, q_sh, k_st, k_sh, v_st, v_sh, do_st, do_sh,
-    heads, groups, head_dim, scale, window,
+    heads, groups, head_dim, total, scale, window,
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = Q.dtype.element_ty
+    LOG2E: tl.constexpr = 1.4426950408889634
     tile, head = tl.program_id(0), tl.program_id(1)
     doc = tl.load(TABLE + 2 * tile)
     if doc >= 0:
         start = tl.load(TABLE + 2 * tile + 1)
-        q0, k0 = tl.load(CU_Q + doc).to(tl.int64), tl.load(CU_K + doc).to(tl.int64)
-        queries = (tl.load(CU_Q + doc + 1) - q0).to(tl.int32)
-        keys = (tl.load(CU_K + doc + 1) - k0).to(tl.int32)
+        q0, k0, queries, keys = _document(CU_Q, CU_K, doc)
         shift = keys - queries
         m = start + tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
@@ -143,11 +150,12 @@ def _dq_kernel(
         in_m = (m[:, None] < queries) & (d[None, :] < head_dim)
         q = tl.load(Q + rows[:, None] * q_st + head * q_sh + d[None, :], in_m, 0.0)
         do = tl.load(DO + rows[:, None] * do_st + head * do_sh + d[None, :], in_m, 0.0)
-        lse = tl.load(LSE + rows * heads + head, m < queries, 0.0) * 1.4426950408889634
-        delta = tl.load(DELTA + rows * heads + head, m < queries, 0.0)
+        lse = tl.load(LSE + head * total + rows, m < queries, 0.0) * LOG2E
+        delta = tl.load(DELTA + head * total + rows, m < queries, 0.0)
         k_ptr = K + k0 * k_st + (head // groups) * k_sh
         v_ptr = V + k0 * v_st + (head // groups) * v_sh
 
+        scale_log2 = scale * LOG2E
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         first = 0
         if WINDOW:
@@ -159,7 +167,7 @@ def _dq_kernel(
             k = operand(k, dtype, INTERPRET)
             s = tl.dot(operand(q, dtype, INTERPRET), tl.trans(k), input_precision=PRECISION)
             visible = _visible(m[:, None], (n0 + n)[None, :], shift, queries, keys, window, WINDOW)
-            p = tl.where(visible, tl.exp2(s * (scale * 1.4426950408889634) - lse[:, None]), 0.0)
+            p = tl.where(visible, tl.exp2(s * scale_log2 - lse[:, None]), 0.0)
             dp = tl.dot(
                 operand(do, dtype, INTERPRET), tl.trans(operand(v, dtype, INTERPRET)), input_precision=PRECISION
             )
@@ -171,19 +179,18 @@ def _dq_kernel(
 @kernel
 def _dkv_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, TABLE, q_st, q_sh, k_st, k_sh, v_st, v_sh, do_st, do_sh,
-    heads, groups, head_dim, scale, window,
+    heads, groups, head_dim, total, scale, window,
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one kv head: the query heads of its group are walked in order, so the sum over them is fixed."""
+    """One tile of keys of one kv head: its group of query heads is walked in order, so the sum over it is fixed."""
     dtype: tl.constexpr = Q.dtype.element_ty
+    LOG2E: tl.constexpr = 1.4426950408889634
     tile, head_k = tl.program_id(0), tl.program_id(1)
     doc = tl.load(TABLE + 2 * tile)
     if doc >= 0:
         start = tl.load(TABLE + 2 * tile + 1)
-        q0, k0 = tl.load(CU_Q + doc).to(tl.int64), tl.load(CU_K + doc).to(tl.int64)
-        queries = (tl.load(CU_Q + doc + 1) - q0).to(tl.int32)
-        keys = (tl.load(CU_K + doc + 1) - k0).to(tl.int32)
+        q0, k0, queries, keys = _document(CU_Q, CU_K, doc)
         shift = keys - queries
         m = tl.arange(0, BLOCK_M)
         n = start + tl.arange(0, BLOCK_N)
@@ -193,6 +200,7 @@ def _dkv_kernel(
         k = tl.load(K + rows_k[:, None] * k_st + head_k * k_sh + d[None, :], in_n, 0.0)
         v = tl.load(V + rows_k[:, None] * v_st + head_k * v_sh + d[None, :], in_n, 0.0)
 
+        scale_log2 = scale * LOG2E
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         first = tl.maximum(start - shift, 0) // BLOCK_M * BLOCK_M
@@ -205,14 +213,14 @@ def _dkv_kernel(
                 rows = q0 + m0 + m
                 q = tl.load(Q + rows[:, None] * q_st + head * q_sh + d[None, :], in_m, 0.0)
                 do = tl.load(DO + rows[:, None] * do_st + head * do_sh + d[None, :], in_m, 0.0)
-                lse = tl.load(LSE + rows * heads + head, m0 + m < queries, 0.0) * 1.4426950408889634
-                delta = tl.load(DELTA + rows * heads + head, m0 + m < queries, 0.0)
+                lse = tl.load(LSE + head * total + rows, m0 + m < queries, 0.0) * LOG2E
+                delta = tl.load(DELTA + head * total + rows, m0 + m < queries, 0.0)
                 q = operand(q, dtype, INTERPRET)
                 do = operand(do, dtype, INTERPRET)
                 # Transposed tiles [keys, queries]: p and ds are then left operands, straight from registers.
                 s = tl.dot(operand(k, dtype, INTERPRET), tl.trans(q), input_precision=PRECISION)
                 visible = _visible((m0 + m)[None, :], n[:, None], shift, queries, keys, window, WINDOW)
-                p = tl.where(visible, tl.exp2(s * (scale * 1.4426950408889634) - lse[None, :]), 0.0)
+                p = tl.where(visible, tl.exp2(s * scale_log2 - lse[None, :]), 0.0)
                 dv += tl.dot(operand(p, dtype, INTERPRET), do, input_precision=PRECISION)
                 dp = tl.dot(operand(v, dtype, INTERPRET), tl.trans(do), input_precision=PRECISION)
                 ds = p * (dp - delta[None, :])
@@ -230,13 +238,18 @@ def _options(q: torch.Tensor, window: int | None) -> dict:
     }
 
 
-def tile_sizes(head_dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """Tiles that fit sm_80 to sm_90 without spills (tests/kernels/test_aot.py reads that off the compiled code)."""
-    if dtype == torch.float32 or head_dim > 128:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1 if head_dim > 128 else 2}
-    if backward:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8 if head_dim > 64 else 4, "num_stages": 3}
+def tile_sizes(which: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of the "forward", "dq" or "dkv" kernel: the largest tried that sm_90 compiles without a spill
+    (tests/kernels/test_compile.py reads that off the machine code)."""
+    if dtype == torch.float32:
+        tiles = (16, 32, 8, 1)
+    elif head_dim <= 64:
+        tiles = {"forward": (128, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 128, 8, 2)}[which]
+    elif head_dim <= 128:
+        tiles = {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkv": (32, 128, 8, 2)}[which]
+    else:
+        tiles = {"forward": (64, 64, 8, 2), "dq": (32, 32, 4, 1), "dkv": (32, 32, 8, 1)}[which]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles))
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -251,16 +264,16 @@ def attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     window: int | None, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(o [Tq, Hq, D], lse fp32 [Tq, Hq], natural logarithm)."""
+    """(o [Tq, Hq, D], lse fp32 [Hq, Tq], natural logarithm)."""
     q, k, v = _unit_stride(q, k, v)
     rows, heads, head_dim = q.shape
-    tiles = tile_sizes(head_dim, q.dtype, backward=False)
+    tiles = tile_sizes("forward", head_dim, q.dtype)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     table = _tile_table(cu_seqlens_q, rows, tiles["BLOCK_M"])
     launch(
-        _forward_kernel, (table.shape[0], heads), q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, table, *_strides(q, k, v),
-        heads, heads // k.shape[1], head_dim, scale * _LOG2E, window or 0, **tiles, **_options(q, window),
+        _forward_kernel, (table.shape[0], heads), q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, table,
+        *_strides(q, k, v), heads, heads // k.shape[1], head_dim, rows, scale, window or 0, **tiles, **_options(q, window),
     )  # fmt: skip
     return o, lse
 
@@ -273,20 +286,21 @@ def attention_backward_triton(
     rows, heads, head_dim = q.shape
     rows_k, heads_k = k.shape[:2]
     options = _options(q, window)
-    tiles = tile_sizes(head_dim, q.dtype, backward=True)
-    delta = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    delta = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     launch(
-        _delta_kernel, (rows,), o, do, delta, *_strides(do), heads, head_dim,
+        _delta_kernel, (rows,), o, do, delta, *_strides(do), heads, head_dim, rows,
         BLOCK_H=next_power_of_2(heads), BLOCK_D=options["BLOCK_D"],
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    sizes = (heads, heads // heads_k, head_dim, scale, window or 0)
+    sizes = (heads, heads // heads_k, head_dim, rows, scale, window or 0)
     inputs, strides = (q, k, v, do, lse, delta), _strides(q, k, v, do)
+    tiles = tile_sizes("dq", head_dim, q.dtype)
     table = _tile_table(cu_seqlens_q, rows, tiles["BLOCK_M"])
     launch(
         _dq_kernel, (table.shape[0], heads), *inputs, dq, cu_seqlens_q, cu_seqlens_k, table, *strides, *sizes,
         **tiles, **options,
     )  # fmt: skip
+    tiles = tile_sizes("dkv", head_dim, q.dtype)
     table = _tile_table(cu_seqlens_k, rows_k, tiles["BLOCK_N"])
     launch(
         _dkv_kernel, (table.shape[0], heads_k), *inputs, dk, dv, cu_seqlens_q, cu_seqlens_k, table, *strides, *sizes,

@@ -3,10 +3,11 @@
     z = x W^T     nll_t = logsumexp(z_t) - z_t[label_t]     loss = scale * sum(nll)
     dz_t = scale * (softmax(z_t) - onehot(label_t))         dx = dz W         dW = dz^T x
 
-Tokens are taken in a few large chunks of equal size; per chunk: one GEMM into a reused logits buffer, one pass that turns the
-buffer into dz in place and emits nll, one GEMM for dx, one accumulating fp32 GEMM for dW. Forward computes the gradients, so
-6*T*H*V FLOPs in all (that is the floor; recomputing logits in backward would be 8) and backward only scales.
-Source: the chunked in-place scheme of Liger-Kernel (arXiv:2410.10989); no gradient filtering, nothing in bf16 but the GEMM operands.
+Tokens are taken in a few large chunks of equal size; per chunk: one GEMM into a reused logits buffer, one pass that
+turns the buffer into dz in place and emits nll, one GEMM for dx, one accumulating fp32 GEMM for dW. Forward computes the
+gradients, so 6*T*H*V FLOPs in all (the floor; recomputing logits in backward would make it 8), and backward only scales.
+Source: the chunked in-place scheme of Liger-Kernel, arXiv:2410.10989. No gradient is filtered away; in bf16 are only the
+operands of the GEMMs (logits and dz among them, as in the unfused model); loss and dW are summed in fp32, in fixed order.
 May touch: torch, triton.
 """
 
@@ -119,8 +120,9 @@ def _cross_entropy_kernel(
 
 
 def _cross_entropy_triton(
-    logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None, nll: torch.Tensor, ignore_index: int, grad: bool
-) -> None:
+    logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None, nll: torch.Tensor,
+    ignore_index: int, grad: bool,
+) -> None:  # fmt: skip
     """Write nll [rows] and, with `grad`, turn logits [rows, V] into dz in place."""
     rows, vocab = logits.shape
     launch(
@@ -171,8 +173,8 @@ def _lce_fake(x, weight, labels, scale, ignore_index, chunk_tokens, need_dx, nee
 
 _lce_op = define_op(
     "linear_cross_entropy",
-    "(Tensor x, Tensor weight, Tensor labels, Tensor? scale, int ignore_index, SymInt? chunk_tokens, bool need_dx, bool need_dw)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor labels, Tensor? scale, int ignore_index, SymInt? chunk_tokens, bool need_dx,"
+    " bool need_dw) -> (Tensor, Tensor, Tensor)",
     cpu=_lce_cpu,
     cuda=_lce_triton,
     fake=_lce_fake,
@@ -215,15 +217,15 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, nll): loss = scale * sum(nll), a 0-dim fp32 tensor differentiable in x and weight.
 
-    x [T, H] and weight [V, H] of one dtype; labels [T] int64, `ignore_index` where there is no target, else 0 <= label < V (not
-    checked on a GPU). scale: fp32 0-dim tensor on x's device, usually 1 / (number of targets in the global batch), or None for 1.
+    x [T, H] and weight [V, H] of one dtype; labels [T] int64, `ignore_index` where there is no target, else 0 <= label < V
+    (not checked on a GPU). scale: fp32 0-dim tensor on x's device, usually 1 / (targets in the global batch); None for 1.
     nll [T] fp32, 0 where ignored, not differentiable. Gradients of weight accumulate in fp32 and are rounded once.
-    Without gradients required only the loss is computed. chunk_tokens bounds the rows of logits held at once.
+    Without gradients required only the loss is computed. chunk_tokens: rows of logits held at once, about.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         raise ValueError(
-            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)} do not agree; "
-            "expected [T, H], [V, H] and [T]"
+            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} "
+            "do not agree; expected [T, H], [V, H] and [T]"
         )
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x.dtype} and weight {weight.dtype}; one dtype is needed")

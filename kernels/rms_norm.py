@@ -4,8 +4,8 @@
     m = dy * w      dx = rstd * (m - x * rstd^2 * mean(m * x))      dw = sum_rows(dy * x * rstd)
 
 Floor (bf16, n = rows * H elements): forward reads x and writes y, 4n bytes (with the residual sum 8n: x, r in, s, y out);
-backward reads dy and x and writes dx, 6n bytes (with the residual sum 8n: ds in as well). Saved: x (or s) and one rstd per row.
-Source: Zhang & Sennrich 2019, arXiv:1910.07467; arithmetic in fp32 as in transformers' LlamaRMSNorm, rounded once at the end.
+backward reads dy and x and writes dx, 6n bytes (with the residual sum 8n: ds in as well). Saved: x (or s), rstd per row.
+Source: Zhang & Sennrich 2019, arXiv:1910.07467; arithmetic in fp32 as in transformers' LlamaRMSNorm, rounded once.
 May touch: torch, triton.
 """
 
@@ -21,7 +21,7 @@ from ._triton import cast, cdiv, kernel, launch, next_power_of_2, persistent_pro
 
 
 def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    # vector_norm is one read of x without a temporary; blocking rows into the cache was measured slower than whole tensors.
+    # vector_norm reads x once, without a temporary; blocks of rows that fit the cache were measured slower.
     acc = compute_dtype(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=acc)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -82,7 +82,8 @@ def _forward_kernel(
 @kernel
 def _backward_kernel(
     DY, DS, X, W, RSTD, DX, DW, rows, hidden, dy_stride, ds_stride, x_stride, programs,
-    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A persistent program walks over row blocks, prefetching the next ones, and keeps its part of dw in registers."""
     col = tl.arange(0, BLOCK)[None, :]
@@ -124,7 +125,8 @@ def _rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     tile = _tile(hidden)
     grid = (cdiv(rows, tile["BLOCK_ROWS"]),)
-    launch(_forward_kernel, grid, x_RH, x_RH, weight, y, y, rstd, rows, hidden, x_RH.stride(0), 0, eps, RESIDUAL=False, **tile)
+    strides = x_RH.stride(0), 0
+    launch(_forward_kernel, grid, x_RH, x_RH, weight, y, y, rstd, rows, hidden, *strides, eps, RESIDUAL=False, **tile)
     return y, rstd
 
 
@@ -237,7 +239,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, s) with s = x + residual, rounded to x.dtype, and y = rms_norm(s, weight, eps): the pre-norm residual step.
 
-    x and residual [..., H] of one shape and dtype; weight [H]. Both results carry gradients; x and residual receive the same one.
+    x and residual [..., H] of one shape and dtype; weight [H]. Both results are differentiable; x and residual receive
+    the same gradient.
     """
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:

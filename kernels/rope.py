@@ -3,9 +3,9 @@
     theta_j = positions[t] * inv_freq_j, read as cos/sin tables; per head, halves x1 = x[:D/2], x2 = x[D/2:]
     y1 = x1 * cos - x2 * sin        y2 = x2 * cos + x1 * sin        backward: the same rotation with -sin
 
-Floor (bf16, n = T * (Hq + Hk) * D elements): one read, one write, 4n bytes; tables add 4 bytes * T * D and nothing is saved but
-the positions. The half rotation is Hugging Face's layout (no permutation of weights); packed documents need nothing else than
-their own positions, so the grid is tokens, never documents x longest document.
+Floor (bf16, n = T * (Hq + Hk) * D elements): one read, one write, 4n bytes; the tables add 4 bytes * T * D; nothing is saved
+but the positions. The half rotation is Hugging Face's layout (no permutation of weights). Packed documents need nothing
+but their positions, so the grid is over tokens, never over documents times the longest document.
 Source: Su et al. 2021, arXiv:2104.09864; arithmetic in fp32, rounded once.
 May touch: torch, triton.
 """
@@ -61,7 +61,8 @@ def _rotate_heads(
 @kernel
 def _rope_kernel(
     Q, K, COS, SIN, POSITIONS, QO, KO, heads_q, heads_k, half, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    INVERSE: tl.constexpr, BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One token: its row of the tables is read once and rotates every head of q and k."""
     token = tl.program_id(0).to(tl.int64)
@@ -127,9 +128,9 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and k by the position of each token; returns new contiguous (q, k).
 
-    q [T, Hq, D], k [T, Hk, D], any strides on the first two dimensions (views of a fused qkv are fine); cos and sin [P, D/2] fp32,
-    already holding any attention factor of the scaling; positions [T] int32 or int64, 0 <= position < P (not checked: that
-    would be a host-device synchronisation). Not differentiable in the tables.
+    q [T, Hq, D], k [T, Hk, D], any strides on the first two dimensions (views of a fused qkv are fine); cos and sin fp32
+    [P, D/2], already holding any attention factor of the scaling; positions [T] int32 or int64, 0 <= position < P (not
+    checked on a GPU: that would be a synchronisation). Not differentiable in the tables.
     """
     tokens, _, head_dim = q.shape
     if k.shape[0] != tokens or k.shape[2] != head_dim or positions.shape != (tokens,):
@@ -139,6 +140,7 @@ def rope(
         )
     if head_dim % 2 or cos.shape[1:] != (head_dim // 2,) or cos.shape != sin.shape:
         raise ValueError(
-            f"rope: tables cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; head dim {head_dim} must be even and needs [P, {head_dim // 2}]"
+            f"rope: tables cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; "
+            f"head dimension {head_dim} must be even and needs [P, {head_dim // 2}]"
         )
     return _Rope.apply(q, k, cos, sin, positions)
