@@ -178,8 +178,9 @@ def _method(settings: Settings, corpora: Mapping[str, Any]) -> list[str]:
         "character. Part of a gain may be familiarity with the form: questions on held-out terms share the form, not "
         "the facts.",
         f"The general text is the documentation inside Python {platform.python_version()}’s standard library "
-        f"({figures['docstrings']['kept']:,} docstrings), split by module. It stands for whatever the model should "
-        "not lose; it is not a broad test of general ability.",
+        f"({figures['docstrings']['kept']:,} docstrings), split by module. It stands for what the model should not "
+        "lose. Text of the same kind is replayed in training, so it shows what replay protects: it is no broad test of "
+        "general ability.",
         "Every choice (sizes, learning rate, strengths) was fixed before the run; nothing is random but the order of "
         "training data, which is seeded.",
     ]

@@ -334,30 +334,35 @@ def _equals(p: float) -> str:
 def best_merge(trained: ModelFigures, merges: Sequence[ModelFigures]) -> ModelFigures | None:
     """The merge with the best difference of (share of domain gain kept) - (share of general loss kept).
 
-    None where training brought no domain gain or no general loss, so that there is nothing to trade.
+    None where training brought no clear domain gain or no clear general loss, so that there is nothing to trade.
     """
-    gain, loss = -_change(trained, "domain").value, _change(trained, "general").value
-    if gain <= 0 or loss <= 0:
+    domain, general = _change(trained, "domain"), _change(trained, "general")
+    if _direction(domain) != -1 or _direction(general) != 1:
         return None
-    return max(merges, key=lambda m: -_change(m, "domain").value / gain - _change(m, "general").value / loss)
+    return max(
+        merges, key=lambda m: _change(m, "domain").value / domain.value - _change(m, "general").value / general.value
+    )
 
 
 def _merge_sentence(base: ModelFigures, trained: ModelFigures, merges: Sequence[ModelFigures]) -> str:
+    domain, general = _change(trained, "domain"), _change(trained, "general")
+    if _direction(domain) != -1:
+        return f"As nothing clear was gained on domain text, merging with {base.label} has nothing to keep."
     best = best_merge(trained, merges)
     if best is None:
+        shares = [_change(merge, "domain").value / domain.value for merge in merges]
         return (
-            f"The {len(merges)} merges with {base.label} have nothing to trade here: training did not both gain on "
-            "domain text and lose on general text."
+            f"As training cost nothing clear on general text, merging with {base.label} has nothing to win back; "
+            f"the {len(merges)} merges keep {percent(min(shares), 0)} to {percent(max(shares), 0)} of the domain gain."
         )
-    gain = _change(best, "domain").value / _change(trained, "domain").value
-    loss = _change(best, "general").value / _change(trained, "general").value
+    loss = _change(best, "general").value / general.value
     kept = f"and {percent(loss, 0)} of the loss on general text"
     if loss < 0:
         kept = f"and predicts general text better than {base.label} does"
     return (
         f"Merging back trades between the two. Of {len(merges)} merges, {best.label} has the best balance: it keeps "
-        f"{percent(gain, 0)} of the gain on domain text {kept}. It was picked on the same held-out text that is "
-        "reported here, so its lead is somewhat flattered."
+        f"{percent(_change(best, 'domain').value / domain.value, 0)} of the gain on domain text {kept}. It was picked "
+        "on the same held-out text that is reported here, so its lead is somewhat flattered."
     )
 
 
@@ -375,6 +380,11 @@ _PAGE_COLOURS = {
     "#080808": "var(--four)",
 }
 INK, MUTED, RULE, PAPER, *SERIES = _PAGE_COLOURS
+# Above the axes: it covers no data, wherever the data lie.
+_LEGEND: dict[str, Any] = {
+    "labelcolor": INK, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "borderaxespad": 0.2,
+    "borderpad": 0.2, "columnspacing": 1.6,
+}  # fmt: skip
 
 
 def _draw(name: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
@@ -442,7 +452,7 @@ def loss_plot(curves: Sequence[Curve]) -> str:
         axes.set_ylabel("loss, nats per token")
         axes.grid(axis="y")
         axes.tick_params(length=0)
-        axes.legend(labelcolor=INK, handlelength=2.4)
+        axes.legend(**_LEGEND, handlelength=2.4)
 
     return _draw("loss", 7.2, 3.4, draw)
 
@@ -477,7 +487,7 @@ def trade_plot(models: Sequence[ModelFigures]) -> str:
                     f"{model.strength:g}", point(model), xytext=(7 * side, -4 * side), textcoords="offset points",
                     color=colour, fontsize=8, ha="left" if side > 0 else "right", va="top" if side > 0 else "bottom",
                 )  # fmt: skip
-        for model, offset in ((base, (8, -12)), (trained, (-8, 8))):
+        for model, offset in ((base, (8, -12)), (trained, (8, 6))):
             x, y = point(model)
             axes.scatter([x], [y], s=60, facecolor=PAPER, edgecolor=INK, linewidth=1.4, zorder=5)
             axes.annotate(
@@ -487,8 +497,8 @@ def trade_plot(models: Sequence[ModelFigures]) -> str:
         axes.set_xlabel("loss on general text, bits per byte  (right is worse)")
         axes.set_ylabel("gain on domain text,\nbits per byte  (up is better)")
         axes.tick_params(length=0)
-        axes.margins(0.12)
-        axes.legend(labelcolor=INK, loc="lower right", handletextpad=0.2)
+        axes.margins(0.14)
+        axes.legend(**_LEGEND, handletextpad=0.2)
 
     return _draw("trade", 7.2, 4.2, draw)
 
@@ -518,7 +528,7 @@ def questions_plot(figures: ReportFigures) -> str:
         axes.grid(axis="x")
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
-        axes.legend(labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.2)
+        axes.legend(**_LEGEND, handletextpad=0.2)
 
     return _draw("questions", 7.2, 0.9 + 0.42 * len(figures.models), draw)
 

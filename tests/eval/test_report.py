@@ -41,7 +41,9 @@ def questions(accuracy: float, change: float | None = None, p: float = 0.5) -> d
     return figures
 
 
-def model(name: str, method: str, strength: float | None, domain: dict, general: dict, seen: dict, unseen: dict) -> dict:
+def model(
+    name: str, method: str, strength: float | None, domain: dict, general: dict, seen: dict, unseen: dict
+) -> dict[str, Any]:
     return {
         "name": name,
         "label": {"base": "SmolLM2", "trained": "steeped"}.get(name, name.replace("-", " ")),
@@ -148,7 +150,7 @@ def test_summary_is_honest_when_nothing_was_gained(figures: dict[str, Any]) -> N
     assert verdict(checked) == "No gain on domain text, and a loss on general text."
     body = " ".join(summary(checked))
     assert "the interval includes zero, so this may be chance" in body
-    assert "nothing to trade" in body
+    assert "nothing clear was gained on domain text, merging with SmolLM2 has nothing to keep" in body
     trained["domain"] = text(50.0, 1.3, 0.133)
     assert verdict(ReportFigures.model_validate(figures)) == "Domain text is predicted worse, so is general text."
 
@@ -160,6 +162,15 @@ def test_best_merge_weighs_gain_against_loss(figures: dict[str, Any]) -> None:
     assert best is not None
     assert best.name == "slerp-0.5"  # 0.115/0.172 - 0.003/0.02 = 0.52; slerp 0.75: 0.872 - 0.55 = 0.32
     assert "slerp 0.5 has the best balance: it keeps 67\u00a0%" in " ".join(summary(checked))
+
+
+def test_without_a_clear_loss_there_is_nothing_to_win_back(figures: dict[str, Any]) -> None:
+    figures["models"][1]["general"] = text(21.5, 1.091, 0.002)
+    checked = ReportFigures.model_validate(figures)
+    assert best_merge(checked.models[1], checked.models[2:]) is None
+    body = " ".join(summary(checked))
+    assert "training cost nothing clear on general text" in body
+    assert "6 merges keep 35\u00a0% to 105\u00a0% of the domain gain" in body
 
 
 def test_without_merges_there_is_no_merge_section(figures: dict[str, Any]) -> None:
