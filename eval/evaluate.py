@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +157,18 @@ def _generate(
     )
     metric = task.metric_list[0]
     rows: list[dict[str, Any]] = []
+    correct: dict[str, list[bool]] = {}  # the answer as it is, or what each filter extracts from it
     for example, answer in zip(examples, answers):
-        row = {"id": example.id, "target": example.target, **answer.__dict__}
-        for name, filters in [(one.name, one) for one in task.filter_list] or [(None, None)]:
-            key = metric.metric if name is None else f"{metric.metric},{name}"
-            extracted = answer.text if filters is None else extract(answer.text, filters)
-            row[key] = exact_match(extracted, example.target, metric)
-            if name is not None:
-                row[f"extracted,{name}"] = extracted
+        row = {"id": example.id, "target": example.target, **asdict(answer)}
+        readings: dict[str, str] = {metric.metric: answer.text}
+        if task.filter_list:
+            readings = {f"{metric.metric},{one.name}": extract(answer.text, one) for one in task.filter_list}
+        for name, reading in readings.items():
+            correct.setdefault(name, []).append(exact_match(reading, example.target, metric))
+            row[name] = {"correct": correct[name][-1], "extracted": reading}
         rows.append(row)
     return {
-        "metrics": {key: accuracy([row[key] for row in rows]) for key in rows[0] if key.startswith(metric.metric)},
+        "metrics": {name: accuracy(values) for name, values in correct.items()},
         "n": len(rows),
         "counts": {
             **{f"stop_{reason}": count for reason, count in Counter(row["stop_reason"] for row in rows).items()},

@@ -37,5 +37,5 @@ def fingerprint_of_decoder(decoder: Decoder) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, parameter in sorted(decoder.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {"of": "tensors", "sha256": digest.hexdigest()}

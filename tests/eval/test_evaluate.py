@@ -95,7 +95,8 @@ def test_generation_task(tiny: Path, tmp_path: Path) -> None:
     assert result["metrics"].keys() == {"exact_match,last"}
     assert sum(count for name, count in result["counts"].items() if name.startswith("stop_")) == 3
     for row in result["items"]:
-        assert row["exact_match,last"] == (row["extracted,last"] == row["target"].removeprefix("#### "))
+        reading = row["exact_match,last"]
+        assert reading["correct"] == (reading["extracted"] == row["target"].removeprefix("#### "))
 
 
 @pytest.mark.parametrize("shots", [0, 3])
