@@ -21,7 +21,7 @@ from .gguf_tokenizer import special_ids, tokenizer_files
 from .model import Decoder
 from .rope import inverse_frequencies
 from .safetensors_io import SafetensorsWriter
-from .weights import CHUNK_ELEMENTS, hf_tensors, write_model_manifest
+from .weights import CHUNK_ELEMENTS, hf_tensors, is_finite, write_model_manifest
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _NAMES = {
@@ -293,7 +293,7 @@ def _write(
     for lo in range(0, rows, step):
         stored = tensor.data[lo : lo + step] if order is None else tensor.data[order[lo : lo + step]]
         values = torch.from_numpy(np.array(gguf.dequantize(stored, tensor.tensor_type), np.float32)).to(dtype)
-        if not torch.isfinite(values).all():
+        if not is_finite(values):
             raise ValueError(f"{file}: {tensor.name} holds NaN or Inf (as {str(dtype).removeprefix('torch.')})")
         writer.write_range(name, lo * row_elements, values.reshape(-1))
 

@@ -155,6 +155,9 @@ class SafetensorsFolder:
     def dtype(self, name: str) -> torch.dtype:
         return self._entry(name).dtype
 
+    def numel(self, name: str) -> int:
+        return self._entry(name).numel
+
     def file_of(self, name: str) -> Path:
         return self._entry(name).file
 

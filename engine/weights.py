@@ -129,11 +129,11 @@ def load_weights(decoder: Decoder, folder: str | Path, dtype: torch.dtype, devic
             if name == "lm_head.weight" and decoder.lm_head is None:
                 continue
             flat = _rows(parameters[placement.parameter], placement)
-            for lo, hi in _chunks(flat.numel()):
+            for lo, hi in chunks(flat.numel()):
                 direct = source.dtype(name) == dtype and flat.device.type == "cpu"
                 buffer = flat[lo:hi] if direct else torch.empty(hi - lo, dtype=source.dtype(name))
                 values = source.read_into(name, lo, buffer).to(dtype)
-                if not _is_finite(values):
+                if not is_finite(values):
                     raise ValueError(f"{source.file_of(name)}: {name} holds NaN or Inf (as {_dtype_name(dtype)})")
                 if not direct:
                     flat[lo:hi].copy_(values)
@@ -145,7 +145,7 @@ def load_weights(decoder: Decoder, folder: str | Path, dtype: torch.dtype, devic
 def _check_tied_head(source: SafetensorsFolder) -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     same = source.dtype(head) == source.dtype(embedding)
-    for lo, hi in _chunks(math.prod(source.shape(head))):
+    for lo, hi in chunks(math.prod(source.shape(head))):
         same = same and torch.equal(
             *(source.read_into(name, lo, torch.empty(hi - lo, dtype=source.dtype(name))) for name in (head, embedding))
         )
@@ -213,9 +213,9 @@ def export_model(
                     writer.write(name, source.get(name))
                     continue
                 flat = _rows(parameters[placements[name].parameter], placements[name])
-                for lo, hi in _chunks(flat.numel()):
+                for lo, hi in chunks(flat.numel()):
                     values = flat[lo:hi].to(stored[name]).cpu()
-                    if not _is_finite(values):
+                    if not is_finite(values):
                         raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); {out} not written")
                     writer.write_range(name, lo, values)
         write_model_manifest(folder, "model", inputs=_hash_model(source), provenance=dict(provenance or {}))
@@ -265,12 +265,13 @@ def _rows(parameter: Tensor, placement: Placement) -> Tensor:
     return parameter.detach()[placement.row : placement.row + placement.shape[0]].view(-1)
 
 
-def _chunks(count: int) -> Iterator[tuple[int, int]]:
+def chunks(count: int) -> Iterator[tuple[int, int]]:
+    """Ranges [lo, hi) that cut `count` elements into pieces small enough to pass through memory one at a time."""
     return ((lo, min(lo + CHUNK_ELEMENTS, count)) for lo in range(0, count, CHUNK_ELEMENTS))
 
 
-def _is_finite(values: Tensor) -> bool:
-    """aminmax passes NaN on and allocates nothing."""
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or Inf. aminmax passes NaN on, and allocates nothing."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 

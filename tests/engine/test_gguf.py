@@ -54,14 +54,14 @@ TEXTS = [
 ]
 
 
-def byte_level_vocabulary(pre_tokenizer: Any, ignore_merges: bool = False, size: int = 320) -> tokenizers.Tokenizer:
+def byte_level_vocabulary(pre_tokenizer: Any, ignore_merges: bool = False) -> tokenizers.Tokenizer:
     """A small byte-level BPE tokenizer, trained here."""
     tokenizer = tokenizers.Tokenizer(BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|end|>", "<|user|>", "<|start|>"]
     tokenizer.train_from_iterator(
-        CORPUS, BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        CORPUS, BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
     return tokenizer
 

@@ -244,8 +244,8 @@ if how == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 else:
     weights.CHUNK_ELEMENTS = 500
-    finite = weights._is_finite
-    weights._is_finite = lambda values: (print("chunk", flush=True), time.sleep(0.01), finite(values))[-1]
+    finite = weights.is_finite
+    weights.is_finite = lambda values: (print("chunk", flush=True), time.sleep(0.01), finite(values))[-1]
 weights.export_model(decoder, source, out)
 """
 
