@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-BLOCK_BYTES = 1 << 20  # raw bytes per block of lines: tenths of a second of tokenising
+BLOCK_BYTES = 1 << 18  # raw bytes per block of lines: a fraction of a second of tokenising
 BLOCK_ROWS = 64  # rows per block of parquet
 
 UTF8_BOM = b"\xef\xbb\xbf"
