@@ -91,8 +91,12 @@ def as_sentence(text: str) -> str:
 
 
 def in_sentence(name: str) -> str:
-    """"Renal cyst" -> "renal cyst", for use inside a sentence; "IgA deficiency" and "X-linked" keep their capitals."""
-    return name[0].lower() + name[1:] if len(name) > 1 and name[1].islower() else name
+    """"Renal cyst" -> "renal cyst", for use inside a sentence; "IgA deficiency" and "X-linked" keep their capitals.
+
+    A name that begins with a person's is lowered too: nothing in the ontology tells it from others.
+    """
+    first = name.split()[0]
+    return name[0].lower() + name[1:] if len(first) > 1 and first[1:].islower() and "-" not in first[:2] else name
 
 
 def rank(identity: str) -> int:
