@@ -265,7 +265,7 @@ def _read_entry(file: Path, name: str, value: Any) -> tuple[torch.dtype, tuple[i
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsWriter:
