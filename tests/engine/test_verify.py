@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from steep.data import tokenize_files
 from steep.data.files import make_manifest, read_manifest, write_manifest
 from steep.engine.config import ModelConfig
-from steep.engine.model import Decoder
 from steep.engine.gguf_tokenizer import tokenizer_files
+from steep.engine.model import Decoder
 from steep.engine.safetensors_io import SINGLE_FILE
 from steep.engine.verify import verify
 from steep.engine.weights import export_model, load_weights
