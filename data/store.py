@@ -34,9 +34,9 @@ class TokenStore:
             FileNotFoundError: the manifest is missing (the store was never finished) or a file that it names is.
             ValueError: a file that contradicts the manifest: cut, of another length, offsets that do not ascend.
         """
+        self._descriptors: list[int] = []
         self.path = Path(path)
         self.manifest = read_manifest(self.path, STORE_KIND)
-        self._descriptors: list[int] = []
         try:
             dtype = self.manifest["dtype"]
             self.vocab_size = int(self.manifest["vocab_size"])

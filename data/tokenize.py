@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -311,15 +312,16 @@ class _ShardWriter:
         offsets = np.zeros(sum(map(len, self._lengths)) + 1, np.uint64)
         np.cumsum(np.concatenate(self._lengths), out=offsets[1:])
         name = shard_name(len(self._shards))
-        offsets_path = self.folder / offsets_name(name)
-        np.save(offsets_path, offsets)
+        npy = io.BytesIO()
+        np.save(npy, offsets)
+        (self.folder / offsets_name(name)).write_bytes(npy.getbuffer())
         self._shards.append(
             {
                 "file": name,
                 "docs": len(offsets) - 1,
                 "tokens": self._shard_size,
                 "sha256": self._hash.hexdigest(),
-                "offsets_sha256": hash_inputs([offsets_path])[str(offsets_path)]["sha256"],
+                "offsets_sha256": hashlib.sha256(npy.getbuffer()).hexdigest(),
             }
         )
         self._file, self._lengths, self._shard_size, self._hash = None, [], 0, hashlib.sha256()

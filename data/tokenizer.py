@@ -63,8 +63,7 @@ class Tokenizer:
         self.special_ids = backend.special_ids
         self.bos_id = settings.find_id("bos", backend)
         self.eos_id = settings.find_id("eos", backend)
-        configured = settings.config.get("add_bos_token")
-        self.adds_bos = self.bos_id is not None and (configured if isinstance(configured, bool) else backend.adds_bos)
+        self.adds_bos = self.bos_id is not None and backend.adds_bos
         self.fingerprint = backend.fingerprint
         self.chat_template = settings.chat_template
         self.special_tokens = settings.special_tokens
@@ -143,7 +142,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(folder, _HuggingFaceBackend(folder / "tokenizer.json"), settings)
     if (folder / "tokenizer.model").is_file():
-        return Tokenizer(folder, _SentencePieceBackend(folder / "tokenizer.model", settings.added_tokens), settings)
+        return Tokenizer(folder, _SentencePieceBackend(folder / "tokenizer.model", settings), settings)
     raise FileNotFoundError(f"{folder}: no tokenizer; looked for {' and '.join(TOKENIZER_FILES)}")
 
 
@@ -182,7 +181,8 @@ class _HuggingFaceBackend:
 
     @functools.cached_property
     def adds_bos(self) -> bool:
-        """Whether the post-processor puts a special token before a text."""
+        """Whether the post-processor puts a special token before a text. `add_bos_token` in the configuration has no
+        say beside a tokenizer.json: transformers 5 ignores it too."""
         ids = self._plain.encode("a").ids
         return len(ids) > 1 and ids[0] in self.special_ids
 
@@ -224,7 +224,7 @@ def _meaning(tokenizer: dict[str, Any]) -> dict[str, Any]:
 class _SentencePieceBackend:
     """A `tokenizer.model`. Each stretch of text between special tokens is encoded on its own, as Mistral does."""
 
-    def __init__(self, path: Path, added_tokens: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, settings: _Settings) -> None:
         import sentencepiece
 
         self.name = f"sentencepiece {sentencepiece.__version__}"
@@ -235,7 +235,7 @@ class _SentencePieceBackend:
             raise ValueError(f"{path}: not a model that sentencepiece can read ({error})") from None
         processor = self._processor
         size = processor.vocab_size()
-        self._added = {token: id for token, id in added_tokens.items() if id >= size}
+        self._added = {token: id for token, id in settings.added_tokens.items() if id >= size}
         self._added_tokens = {id: token for token, id in self._added.items()}
         self.vocab_size = max([size - 1, *self._added_tokens]) + 1
         controls = {id for id in range(size) if processor.is_control(id)}
@@ -247,7 +247,7 @@ class _SentencePieceBackend:
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
         self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
-        self.adds_bos = self.bos_id is not None
+        self.adds_bos = settings.config.get("add_bos_token", True) is not False
         identity = {"model": hashlib.sha256(data).hexdigest(), "added_tokens": sorted(self._added_tokens.items())}
         self.fingerprint = sha256_json(identity)
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.samples import CHATML, TEXTS
 
+
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE (as Qwen and SmolLM2 have) with ChatML tokens and template, without BOS."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from steep.data import Mixture, Order, Permutation, Phase
 from steep.data.order import MAX_PERIOD, integer_weights
 
@@ -149,7 +150,7 @@ def test_max_epochs() -> None:
     order.check(28)
     for p in range(28):
         order(p)
-    with pytest.raises(ValueError, match=r"source 'b': 40 samples would go through it 2\.857 times, but max_epochs is 2"):
+    with pytest.raises(ValueError, match=r"source 'b': 40 samples .* 2\.857 times, but max_epochs is 2"):
         order.check(40)
     with pytest.raises(ValueError, match="source 'b': sample .* more often than max_epochs = 2"):
         [order(p) for p in range(40)]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from steep.data import PackingIndex, pack_best_fit, pack_concat
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=80).map(lambda values: np.array(values, np.int64))

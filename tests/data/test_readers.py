@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+
 from steep.data import Document, Reject, read_documents, readers
 
 BAD_LINES = [
