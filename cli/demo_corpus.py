@@ -226,7 +226,8 @@ def take(documents: Sequence[Document], characters: int) -> list[Document]:
     Raises:
         ValueError: there are fewer.
     """
-    taken, total = [], 0
+    taken: list[Document] = []
+    total = 0
     for document in documents:
         if total >= characters:
             return taken

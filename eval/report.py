@@ -391,7 +391,7 @@ def _draw(name: str, width: float, height: float, draw: Callable[[Any], None]) -
     """One set of axes as an SVG element; `draw` gets the axes. The same figures give the same bytes."""
     import matplotlib
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 8.5,
