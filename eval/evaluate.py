@@ -57,7 +57,7 @@ def evaluate(
         mode: "clean", or "lmeval" for lm-evaluation-harness' numbers with its faults; see encoding.py.
         num_fewshot: instead of the tasks' own. add_bos: None for the tokenizer's default.
         max_length: longest model input (default: the model's max_position_embeddings).
-        progress: called with (task, done, total); total counts tokens of the model's input, or answers.
+        progress: called with (task, done, total) in tokens of model input; for generated answers once, at the end.
 
     Returns: a manifest (kind "eval") with
         figures {task or group: {metric: value}}, for reading;
@@ -65,7 +65,8 @@ def evaluate(
         config: the settings;
         tasks {name: {group, fingerprint, output_type, num_fewshot, n, metrics {name: {value, stderr, low, high}},
             counts, letters (multiple choice), items: one row per document}};
-        groups {name: {n, metrics}}: size-weighted means over the sub-tasks with pooled standard errors.
+        groups {name: {n, metrics}}: size-weighted means over the sub-tasks with pooled standard errors (accuracies;
+            perplexities are not averaged).
 
     Raises:
         ValueError, FileNotFoundError: tasks, data or settings that do not fit, before the model is loaded.
@@ -141,7 +142,10 @@ def _run(
         return multiple_choice(scorer, encoder, [example.item for example in examples if example.item], report)
     if task.task.output_type == "loglikelihood_rolling":
         return perplexity(scorer, encoder, [(example.id, example.target) for example in examples], report)
-    return _generate(task.task, examples, scorer, encoder, stop_ids)
+    result = _generate(task.task, examples, scorer, encoder, stop_ids)
+    if report is not None:
+        report(len(examples), len(examples))
+    return result
 
 
 def _generate(
@@ -182,7 +186,7 @@ def _generate(
 def _groups(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     members: dict[str, list[dict[str, Any]]] = {}
     for result in results.values():
-        if result["group"] is not None:
+        if result["group"] is not None and result["output_type"] != "loglikelihood_rolling":
             members.setdefault(result["group"], []).append(result)
     return {name: _pooled(group) for name, group in members.items()}
 

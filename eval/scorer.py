@@ -61,8 +61,8 @@ class Scorer:
         row_chunk: rows of the vocabulary projection at a time; memory 4 * row_chunk * vocab_size bytes.
         share_prefixes: False runs every distinct input on its own, for tests and for measuring what sharing gains.
 
-    The same requests give the same bits. Scored in other company they agree to fp32 rounding: on SmolLM2-135M (fp32,
-    CPU), the largest difference between shared and unshared scoring was below 1e-4 nats per continuation.
+    The same requests give the same bits. Scored in other company they agree to fp32 rounding: over 70 continuations of
+    few-shot MMLU on SmolLM2-135M (fp32, CPU), shared and unshared scoring differed by at most 2.8e-5 nats.
     """
 
     def __init__(
@@ -195,7 +195,9 @@ class Scorer:
             logits_RV = self.decoder.logits(hidden_TD[torch.from_numpy(chunk).to(device)])
             top, best = logits_RV.max(dim=-1)
             picked = logits_RV[pair_row, pair_target]
-            logsumexp = logits_RV.sub_(top[:, None]).exp_().sum(dim=-1).log_().add_(top)  # in place: no second [R, V]
+            # In place, so there is no second [R, V]; and unbiased: torch's fp32 log_softmax on a CPU was off by -7e-6
+            # per token over a vocabulary of 49,152, which adds up over a document.
+            logsumexp = logits_RV.sub_(top[:, None]).exp_().sum(dim=-1).log_().add_(top)
             pair_logprob = (picked - logsumexp[pair_row]).double().cpu().numpy()
             pair_greedy = (best[pair_row] == pair_target).cpu().numpy()
             np.add.at(logprob, requests[first:last], pair_logprob)
