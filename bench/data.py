@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,16 @@ def run(
 
 def _bench_tokenizing(texts: list[str], folder: Path, scratch: Path, cores: int, repeats: int) -> dict[str, Any]:
     file = scratch / "text.jsonl"
-    with open(file, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    with open(file, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     encode = _raw_encode(folder, cores)
-    stores = iter(range(repeats))
-    raw, steep = [], []
+    stores = (scratch / f"store-{number}" for number in range(repeats))
+    raw: list[float] = []
+    steep: list[float] = []
     for _ in range(repeats):
         raw.append(megabytes / _seconds(lambda: _encode_all(encode, texts)))
-        out = scratch / f"store-{next(stores)}"
-        steep.append(megabytes / _seconds(lambda out=out: tokenize_files([file], folder, out, workers=cores)))
+        steep.append(megabytes / _seconds(lambda: tokenize_files([file], folder, next(stores), workers=cores)))
     return {
         "library": load_tokenizer(folder).library,
         "cores": cores,
@@ -103,7 +104,7 @@ def _bench_packing(repeats: int) -> dict[str, Any]:
     for seq_len in (2048, 4096, 32768):
         index = pack_best_fit(lengths, seq_len)
         figures[f"best_fit_{seq_len}"] = {
-            "seconds": _spread([_seconds(lambda n=seq_len: pack_best_fit(lengths, n)) for _ in range(repeats)]),
+            "seconds": _spread([_seconds(partial(pack_best_fit, lengths, seq_len)) for _ in range(repeats)]),
             "padding_percent": index.stats()["padding_percent"],
         }
     stats = pack_concat(lengths, 4096).stats()

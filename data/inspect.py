@@ -57,6 +57,7 @@ def inspect_store(
         tokens = store.read(doc, 0, min(SHOWN_TOKENS, int(store.lengths[doc])))
         report["document"] = {
             "number": doc,
+            "origin": store.origin(doc),
             "tokens": int(store.lengths[doc]),
             "first_ids": tokens.tolist(),
             "first_text": tokenizer.decode(tokens.tolist(), skip_special=False),

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 BLOCK_BYTES = 1 << 18  # raw bytes per block of lines: a fraction of a second of tokenising
@@ -53,10 +54,6 @@ class Block:
     first: int
     records: list[bytes | None]
     is_json: bool
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(record) for record in self.records if record is not None)
 
 
 def file_suffix(path: str | Path) -> str:
@@ -227,11 +224,11 @@ def _parquet_blocks(path: str | Path, text_field: str) -> Iterator[Block]:
         raise ValueError(f"{path}: damaged or not a parquet file ({error})") from None
 
 
-def _parquet_field(path: str | Path, schema: object, text_field: str) -> str:
-    names = list(schema.names)  # type: ignore[attr-defined]
+def _parquet_field(path: str | Path, schema: Any, text_field: str) -> str:
+    names = list(schema.names)
     if text_field not in names:
         raise ValueError(f"{path}: no column {text_field!r}; the file has {', '.join(map(repr, names))}")
-    kind = str(schema.field(text_field).type)  # type: ignore[attr-defined]
+    kind = str(schema.field(text_field).type)
     if kind not in ("string", "large_string", "binary", "large_binary"):
         raise ValueError(f"{path}: column {text_field!r} has type {kind}, expected string or binary")
     return text_field

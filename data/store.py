@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .files import MANIFEST, read_manifest, sha256_file
-from .tokenize import STORE_KIND, offsets_name
+from .tokenize import REJECTS, STORE_KIND, offsets_name
 
 
 class TokenStore:
@@ -97,7 +99,7 @@ class TokenStore:
 
     def _pread(self, shard: int, start: int, length: int) -> np.ndarray:
         tokens = np.empty(length, self.dtype)
-        buffer = memoryview(tokens.view(np.uint8))
+        buffer = tokens.view(np.uint8).data
         done = 0
         while done < len(buffer):
             read = os.preadv(self._descriptors[shard], [buffer[done:]], start * self.dtype.itemsize + done)
@@ -105,6 +107,31 @@ class TokenStore:
                 raise ValueError(f"{self._files[shard]}: ends before token {start + length}; cut since it was opened")
             done += read
         return tokens
+
+    def origin(self, doc: int) -> str:
+        """Where a document came from: `path:record` of the input file, records counted from 1.
+
+        Raises:
+            IndexError: no such document.
+        """
+        if not 0 <= doc < self.num_docs:
+            raise IndexError(f"{self.path}: document {doc} of {self.num_docs}")
+        files = iter(self.manifest["files"])
+        file = next(files)
+        while doc >= file["docs"]:
+            doc -= file["docs"]
+            file = next(files)
+        record = doc + 1
+        for rejected in sorted(self._rejected_records(file["path"])):
+            record += rejected <= record
+        return f"{file['path']}:{record}"
+
+    def _rejected_records(self, path: str) -> Iterator[int]:
+        with open(self.path / REJECTS, encoding="utf-8") as lines:
+            for line in lines:
+                file, _, record = json.loads(line)["id"].rpartition(":")
+                if file == path:
+                    yield int(record)
 
     def check_model(self, vocab_size: int, fingerprint: str | None = None) -> None:
         """Refuse to feed this store to a model that it was not made for.

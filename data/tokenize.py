@@ -36,6 +36,7 @@ from .readers import Block, Reject, block_documents, check_inputs, read_blocks
 from .tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 STORE_KIND = "token_store"
+REJECTS = "rejects.jsonl"
 SHARD_TOKENS = 1 << 28  # half a GiB of u16, one GiB of u32
 REJECT_EXAMPLES = 5  # per reason in the manifest; all of them are in rejects.jsonl
 BATCH_DOCUMENTS = 64  # texts per call of the library
@@ -103,7 +104,10 @@ def tokenize_files(
                 raise ValueError(f"{out}: not one usable document in the input; rejected: {manifest['rejects']}")
             write_manifest(folder, manifest)
     except BrokenProcessPool as error:
-        raise RuntimeError(f"{out}: a tokenising process died (out of memory?); the store was not written") from error
+        raise RuntimeError(
+            f"{out}: a tokenising process died; the store was not written. Was it killed for lack of memory, or does "
+            "the script that called this lack `if __name__ == '__main__':`?"
+        ) from error
     except OSError as error:
         if error.filename is None:  # a failed write does not know what it was writing
             raise OSError(error.errno, f"writing the token store failed: {error.strerror}", str(out)) from error
@@ -265,7 +269,7 @@ class _ShardWriter:
         self._lengths: list[np.ndarray] = []
         self._shard_size = 0
         self._hash = hashlib.sha256()
-        self._rejects = open(folder / "rejects.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._rejects = open(folder / REJECTS, "w", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> _ShardWriter:
         return self

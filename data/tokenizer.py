@@ -33,8 +33,11 @@ class _Backend(Protocol):
     special_ids: frozenset[int]
     bos_id: int | None
     eos_id: int | None
-    adds_bos: bool
-    fingerprint: str
+
+    @property
+    def adds_bos(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def encode_with_special(self, text: str) -> list[int]: ...
@@ -162,7 +165,8 @@ class _HuggingFaceBackend:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         added = self._plain.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self.bos_id = self.eos_id = None
+        self.bos_id: int | None = None  # a tokenizer.json does not say which tokens these are
+        self.eos_id: int | None = None
 
     def _load(self, source: str) -> Any:
         import tokenizers
@@ -240,11 +244,7 @@ class _SentencePieceBackend:
         self.vocab_size = max([size - 1, *self._added_tokens]) + 1
         controls = {id for id in range(size) if processor.is_control(id)}
         self.special_ids = frozenset(controls | set(self._added_tokens))
-        special = {**{processor.id_to_piece(id): id for id in controls}, **self._added}
-        self._special = special
-        # Longest first, so that "<|im_start|>assistant" would win over "<|im_start|>".
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
+        self._special = {**{processor.id_to_piece(id): id for id in controls}, **self._added}
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
         self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
         self.adds_bos = settings.config.get("add_bos_token", True) is not False
@@ -254,9 +254,13 @@ class _SentencePieceBackend:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._processor.encode(text) for text in texts]
 
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        # Longest first, so that of two tokens that begin alike the longer one wins. With no token it matches nothing.
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
     def encode_with_special(self, text: str) -> list[int]:
-        if self._special_pattern is None:
-            return self._processor.encode(text)
         ids: list[int] = []
         for index, part in enumerate(self._special_pattern.split(text)):
             if index % 2:

@@ -23,6 +23,7 @@ def test_inspect(bpe_folder: Path, spm_folder: Path, tmp_path: Path) -> None:
     assert report["packing"]["best_fit"]["tokens"] == report["packing"]["concat"]["tokens"] == store.num_tokens
     assert report["packing"]["best_fit"]["docs_cut_unnecessarily"] == 0
     assert report["document"]["first_text"] == TEXTS[1] + "<|endoftext|>"
+    assert report["document"]["origin"] == f"{file}:2"
     assert report["document"]["first_ids"] == store.read(1).tolist()
 
     assert "packing" not in inspect_store(tmp_path / "store")

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steep.data import Document, Reject, read_documents, readers
 
@@ -63,6 +65,30 @@ def test_blocks_do_not_show(tmp_path: Path, suffix: str, monkeypatch: pytest.Mon
     for block_bytes in (7, 100, 4096):
         monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
         assert list(read_documents(path)) == whole
+
+
+LINE = st.one_of(
+    st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")),
+    st.text(max_size=20).map(lambda text: json.dumps({"text": text}).encode()),
+    st.recursive(st.none() | st.text() | st.floats(), lambda inner: st.dictionaries(st.just("text"), inner)).map(
+        lambda value: json.dumps(value).encode()
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(lines=st.lists(LINE, max_size=20), block_bytes=st.integers(1, 200))
+def test_no_line_is_ever_lost(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block_bytes: int) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        items = list(read_documents(path))
+    assert [item.id for item in items] == [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    for item in items:
+        if isinstance(item, Document):
+            assert item.text.strip()
+            assert item.text.encode().decode() == item.text
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])

@@ -99,9 +99,25 @@ def test_every_record_is_accounted_for(bpe_folder: Path, tmp_path: Path) -> None
     assert len(lines) == len(bad)
     assert json.loads(lines[0]) == {"id": f"{path}:1", "reason": "invalid JSON"}
     assert manifest["inputs"][str(path)]["sha256"] == sha256_file(path)
+    assert TokenStore(tmp_path / "store").origin(0) == f"{path}:{len(bad) + 1}"
     assert manifest["files"] == [
         {"path": str(path), "records": 19, "docs": 6, "tokens": TokenStore(tmp_path / "store").num_tokens}
     ]
+
+
+def test_the_origin_of_every_document(bpe_folder: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    files = []
+    for name in ("a", "b:1", "c"):
+        texts = ["" if random.random() < 0.4 else f"{name} line {line}" for line in range(1, 40)]
+        files.append(write_jsonl(tmp_path / f"{name}.jsonl", texts))
+    tokenize_files(files, bpe_folder, tmp_path / "store", workers=1, eos=False)
+    store, tokenizer = TokenStore(tmp_path / "store"), load_tokenizer(bpe_folder)
+    for doc in range(store.num_docs):
+        name, _, line = tokenizer.decode(store.read(doc).tolist()).split(" ")
+        assert store.origin(doc) == f"{tmp_path / name}.jsonl:{line}"
+    with pytest.raises(IndexError):
+        store.origin(store.num_docs)
 
 
 def test_text_without_tokens_is_rejected(bpe_folder: Path, tmp_path: Path) -> None:
