@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from shutil import copyfile
@@ -44,7 +43,7 @@ from .methods import (
 )
 from .plan import MergePlan, TensorPlan, plan_merge
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 MAX_WORKERS = 8
 Sums = dict[tuple[int, int], float]  # dot products of a tensor's vectors, by their positions
 
@@ -202,7 +201,7 @@ def _merge_tensor(
         rounded = merged.to(tensor.dtype).cpu()
         if tensor.dtype.is_floating_point and not _all_finite(rounded):
             raise ValueError(f"{tensor.name}: the result has values that {tensor.dtype} cannot hold")
-        digest.update(memoryview(rounded.view(torch.uint8).numpy()))
+        digest.update(rounded.view(torch.uint8).numpy().data)
         writer.write_range(tensor.name, lo, rounded)
 
     known = known or {pair: math.fsum(parts) for pair, parts in sums.items()}
@@ -234,7 +233,7 @@ class _Reader:
             folder, name = plan.models[tensor.sources[position].model], tensor.sources[position].name
             self._inputs.append((folder, name))
             self._buffers.append(torch.empty(min(chunk, tensor.numel), dtype=folder.dtype(name)))
-        self._load_once = lru_cache(maxsize=1)(self._load)
+        self._only_chunk: list[Tensor] | None = None
         vectors = range(len(order))
         self.pairs: list[tuple[int, int]] = [] if tensor.operation == "equal" else [(i, i) for i in vectors]
         if tensor.operation == "slerp":
@@ -243,9 +242,12 @@ class _Reader:
             self.pairs += combinations(vectors[1:], 2)
 
     def __iter__(self) -> Iterator[tuple[int, list[Tensor]]]:
-        load = self._load_once if self.tensor.numel <= self.chunk else self._load
+        if self.tensor.numel <= self.chunk:
+            self._only_chunk = self._only_chunk or self._load(0)
+            yield 0, self._only_chunk
+            return
         for lo in range(0, self.tensor.numel, self.chunk):
-            yield lo, load(lo)
+            yield lo, self._load(lo)
 
     def _load(self, lo: int) -> list[Tensor]:
         count = min(self.chunk, self.tensor.numel - lo)

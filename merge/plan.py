@@ -201,7 +201,7 @@ class _Planner:
         method, top = self.config.merge_method, self.config.parameters
         if self.config.models:
             models = [self.paths.index(self._path(entry.model)) for entry in self.config.models]
-            scopes = [(entry.parameters, top) for entry in self.config.models]
+            scopes: list[tuple[Parameters, ...]] = [(entry.parameters, top) for entry in self.config.models]
             if base is not None and self.paths.index(base) not in models:
                 models.append(self.paths.index(base))
                 scopes.append(({}, top))
