@@ -1,8 +1,8 @@
 """steep.kernels: the operations that decide a training step's speed and memory, as plain functions on torch tensors.
 
-Each file holds one kernel: formula and floor, torch reference, Triton code, operator registration, public function. They
-work under autograd and torch.compile; on a CPU the references run and triton is not needed. Knows torch and triton,
-nothing else of steep.
+Each file holds one kernel: formula and floor, torch reference, Triton code, operator registration, public function.
+They work under autograd and torch.compile; on a CPU the references run and triton is not needed. Knows torch and
+triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend

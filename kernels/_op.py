@@ -1,7 +1,7 @@
 """Registration of an opaque operator under `torch.ops.steep`: schema, CPU reference, CUDA kernels, fake (shapes).
 
-Every kernel file of this folder registers its forward and backward here and wraps them in a `torch.autograd.Function` of
-fixed arity *outside* the operator: that is the cheapest form (no autograd registered in Python per call) and the one
+Every kernel file of this folder registers its forward and backward here and wraps them in a `torch.autograd.Function`
+of fixed arity *outside* the operator: that is the cheapest form (no autograd registered in Python per call) and the one
 `torch.compile` traces through while the operator itself stays one opaque node. May touch: torch.library.
 """
 

@@ -3,13 +3,14 @@
     o_i = sum_j softmax_j(scale * q_i . k_j) v_j      over the keys j that query i of the same document sees:
     j <= i + (nk - nq)   (causal, aligned bottom-right)      and      j > i + (nk - nq) - window
 
-Floor: 4*D FLOPs per visible (query, key, head) forward, 10*D backward; q, k, v, o and one fp32 lse per row and head are saved.
-Source: FlashAttention-2, arXiv:2307.08691. `window` counts as Hugging Face's sliding_window does: the query's own key included.
+Floor: 4*D FLOPs per visible (query, key, head) forward, 10*D backward; q, k, v, o and one fp32 lse per row and head
+are saved. Source: FlashAttention-2, arXiv:2307.08691. `window` counts as Hugging Face's sliding_window does: the
+query's own key included.
 
-On a GPU the work is done by the first of FlashAttention-3, FlashAttention-4, FlashAttention-2, torch's varlen_attn and the
-Triton kernels of attention_triton.py that is importable and agrees with `attention_reference` in a start-up self-test,
-always with a deterministic backward. On a CPU each document is one call of torch's fused attention on views of the
-packed tensors. May touch: torch, triton; flash_attn and flash_attn_interface where they are installed.
+On a GPU the work is done by the first of FlashAttention-3, FlashAttention-4, FlashAttention-2, torch's varlen_attn
+and the Triton kernels of attention_triton.py that is importable and agrees with `attention_reference` in a start-up
+self-test, always with a deterministic backward. On a CPU each document is one call of torch's fused attention on
+views of the packed tensors. May touch: torch, triton; flash_attn and flash_attn_interface where they are installed.
 """
 
 from __future__ import annotations
@@ -106,12 +107,14 @@ def _fold_groups(q_LHD: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
     groups = q.shape[1] // k.shape[1]
+    acc = compute_dtype(q.dtype)
     o = torch.empty(q.shape, dtype=q.dtype)
-    lse_TH = torch.empty(q.shape[:2], dtype=compute_dtype(q.dtype))
+    lse_TH = torch.empty(q.shape[:2], dtype=acc)
     # Batching documents padded to similar lengths was measured no faster than one call each, and it gathers and pads.
-    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, q):
-        q_p, k_p, v_p = q[q_rows], k[k_rows], v[k_rows]
-        length = q_p.shape[0]
+    # bf16 is widened document by document: the fused bf16 backward was measured 1.1 to 2.8 times slower than the fp32
+    # one.
+    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, lse_TH):
+        q_p, k_p, v_p = q[q_rows].to(acc), k[k_rows].to(acc), v[k_rows].to(acc)
         if causal:
             # The fused kernel skips what causality hides but knows no GQA: keys are repeated, a document at a time.
             k_p, v_p = k_p.repeat_interleave(groups, 1), v_p.repeat_interleave(groups, 1)
@@ -120,11 +123,10 @@ def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
         else:
             # Few queries against many cached keys: the keys are read where they lie, the groups become rows.
             mask = None if mask is None else mask.repeat(groups, 1)
-            o_p, lse_p = _fused_cpu(
-                _fold_groups(q_p, groups), _heads_first(k_p), _heads_first(v_p), 0.0, False, attn_mask=mask, scale=scale
-            )
-            o[q_rows] = o_p[0].unflatten(1, (groups, length)).permute(2, 0, 1, 3).flatten(1, 2)
-            lse_TH[q_rows] = lse_p[0].unflatten(1, (groups, length)).permute(2, 0, 1).flatten(1, 2)
+            q_p = _fold_groups(q_p, groups)
+            o_p, lse_p = _fused_cpu(q_p, _heads_first(k_p), _heads_first(v_p), 0.0, False, attn_mask=mask, scale=scale)
+            o[q_rows] = o_p[0].unflatten(1, (groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            lse_TH[q_rows] = lse_p[0].unflatten(1, (groups, -1)).permute(2, 0, 1).flatten(1, 2)
     return o, lse_TH.T.contiguous()
 
 
@@ -135,18 +137,19 @@ def _attention_backward_cpu(
     lse_TH = lse.T.contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
-    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, q):
-        k_p, v_p = (x[k_rows].repeat_interleave(groups, 1) for x in (k, v))
-        lse_p = lse_TH[q_rows].T.unsqueeze(0)
-        inputs = map(_heads_first, (do[q_rows], q[q_rows], k_p, v_p, o[q_rows]))
-        dq_p, dk_p, dv_p = _fused_cpu_backward(*inputs, lse_p, 0.0, causal, attn_mask=mask, scale=scale)
+    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, lse):
+        do_p, q_p, o_p = (_heads_first(x[q_rows].to(lse.dtype)) for x in (do, q, o))
+        k_p, v_p = (_heads_first(x[k_rows].to(lse.dtype).repeat_interleave(groups, 1)) for x in (k, v))
+        dq_p, dk_p, dv_p = _fused_cpu_backward(
+            do_p, q_p, k_p, v_p, o_p, lse_TH[q_rows].T.unsqueeze(0), 0.0, causal, attn_mask=mask, scale=scale
+        )
         dq[q_rows] = dq_p[0].transpose(0, 1)
         for total, part in ((dk, dk_p), (dv, dv_p)):
-            total[k_rows] += part[0].unflatten(0, (-1, groups)).sum(1, dtype=total.dtype).transpose(0, 1)
+            total[k_rows] += part[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# --- CUDA: our own kernels, and torch's in-tree FlashAttention-2 with its backward pinned to be deterministic -----------
+# --- CUDA: our own kernels, and torch's in-tree FlashAttention-2 with its backward made deterministic --------------
 
 
 def _varlen_window(window: int | None) -> list[int]:
@@ -226,8 +229,8 @@ class _Attention(torch.autograd.Function):
 
 
 # --- backends --------------------------------------------------------------------------------------------------------
-# Each takes (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale) and returns o under autograd.
-# Keyword arguments throughout: the fourth positional one is not the same in FlashAttention 2, 3 and 4.
+# Each takes (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale) and returns o under
+# autograd. Keyword arguments throughout: the fourth positional one is not the same in FlashAttention 2, 3 and 4.
 
 
 def _flash_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, no_window) -> dict:
@@ -294,7 +297,7 @@ def _candidates(capability: tuple[int, int]) -> list[str]:
 
 
 def select_backend(device: torch.device, capability: tuple[int, int]) -> str:
-    """The first candidate that is importable and passes the self-test; an installed one that fails is named in a warning."""
+    """The first candidate that is importable and passes the self-test; one that fails it is named in a warning."""
     for name in _candidates(capability):
         try:
             complaint = _self_test(_BACKENDS[name], device)
@@ -309,7 +312,7 @@ def select_backend(device: torch.device, capability: tuple[int, int]) -> str:
 
 
 def _self_test(backend: Callable[..., torch.Tensor], device: torch.device) -> str | None:
-    """None, or what is wrong with the backend on tiny packed batches: GQA, one-token and empty documents, windows, cache."""
+    """None, or what is wrong with the backend on tiny packed batches: GQA, one-token, empty and cached documents."""
     for window in (None, 1, 16):
         for cached in (0, 9):
             complaint = _disagreement(backend, device, window, cached)
@@ -402,8 +405,8 @@ def attention(
     """Causal attention within each document of a packed batch -> o [Tq, Hq, D] in q's dtype.
 
     q [Tq, Hq, D]; k, v [Tk, Hk, D], Hq a multiple of Hk; unit stride along D, any strides along the others.
-    cu_seqlens_q, cu_seqlens_k (default: the same) int32 [N+1] on q's device, ascending from 0 to Tq and Tk; trailing empty
-    documents (the last value repeated) are allowed. max_seqlen_q, max_seqlen_k: longest document, Python ints.
+    cu_seqlens_q, cu_seqlens_k (default: the same) int32 [N+1] on q's device, ascending from 0 to Tq and Tk; trailing
+    empty documents (the last value repeated) are allowed. max_seqlen_q, max_seqlen_k: longest document, Python ints.
     A document with fewer queries than keys (a KV cache) is aligned bottom-right: its last query sees its last key.
     window: each query sees the last `window` keys, its own included; None for all. scale: default D ** -0.5.
     More queries than keys in a document: ValueError on a CPU, not checked on a GPU (it would be a synchronisation).
@@ -422,7 +425,7 @@ def attention(
     backend = attention_backend(q.device.type)
     if backend == "torch_sdpa_cpu":
         return _Attention.apply(q, k, v, *documents, backend)
-    # The tuned backends take 16-bit inputs and head dimensions up to 256 in steps of 8; the rest is for our own kernels.
+    # The tuned backends take 16-bit inputs and head dimensions up to 256 in steps of 8; the rest is ours.
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] > 256 or q.shape[2] % 8:
         backend = "triton"
     return _BACKENDS[backend](q, k, v, *documents)

@@ -5,9 +5,9 @@
     dq_i = scale * sum_j ds_ij k_j        dk_j = scale * sum_i ds_ij q_i        dv_j = sum_i p_ij do_i
 
 Floor: 4*D FLOPs per visible (query, key, head) forward, 10*D backward (here 14*D: dq and dk/dv each recompute s and dp,
-which makes both of them plain sums in a fixed order, without atomics). Saved: q, k, v, o and one fp32 lse per row and head.
-Source: FlashAttention-2, arXiv:2307.08691. This is the backend that is always there; the dispatch prefers tuned ones.
-A launch covers the tiles that exist, at most T/BLOCK + documents, by way of a tile table made on the device.
+which makes both of them plain sums in a fixed order, without atomics). Saved: q, k, v, o and one fp32 lse per row and
+head. Source: FlashAttention-2, arXiv:2307.08691. This is the backend that is always there; the dispatch prefers tuned
+ones. A launch covers the tiles that exist, at most T/BLOCK + documents, by way of a tile table made on the device.
 May touch: torch, triton.
 """
 
@@ -273,7 +273,8 @@ def attention_triton(
     table = _tile_table(cu_seqlens_q, rows, tiles["BLOCK_M"])
     launch(
         _forward_kernel, (table.shape[0], heads), q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, table,
-        *_strides(q, k, v), heads, heads // k.shape[1], head_dim, rows, scale, window or 0, **tiles, **_options(q, window),
+        *_strides(q, k, v), heads, heads // k.shape[1], head_dim, rows, scale, window or 0,
+        **tiles, **_options(q, window),
     )  # fmt: skip
     return o, lse
 

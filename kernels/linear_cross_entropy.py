@@ -4,11 +4,11 @@
     dz_t = scale * (softmax(z_t) - onehot(label_t))         dx = dz W         dW = dz^T x
 
 Tokens are taken in a few large chunks of equal size; per chunk: one GEMM into a reused logits buffer, one pass that
-turns the buffer into dz in place and emits nll, one GEMM for dx, one accumulating fp32 GEMM for dW. Forward computes the
-gradients, so 6*T*H*V FLOPs in all (the floor; recomputing logits in backward would make it 8), and backward only scales.
-Source: the chunked in-place scheme of Liger-Kernel, arXiv:2410.10989. No gradient is filtered away; in bf16 are only the
-operands of the GEMMs (logits and dz among them, as in the unfused model); loss and dW are summed in fp32, in fixed order.
-May touch: torch, triton.
+turns the buffer into dz in place and emits nll, one GEMM for dx, one accumulating fp32 GEMM for dW. Forward computes
+the gradients, so 6*T*H*V FLOPs in all (the floor; recomputing logits in backward would make it 8), and backward only
+scales. Source: the chunked in-place scheme of Liger-Kernel, arXiv:2410.10989. No gradient is filtered away; in bf16
+are only the operands of the GEMMs (logits and dz among them, as in the unfused model); loss and dW are summed in
+fp32, in fixed order. May touch: torch, triton.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
 
 # 512 rows: at V = 49152, H = 576 the three GEMMs run within 2 % of their best rate (128 rows lose 15 %) in 100 MB.
 _CHUNK_TOKENS_CPU = 512
+_BLOCK_ROWS = 16
 
 
 def _chunk_size(tokens: int, limit: int, multiple: int) -> int:
@@ -41,6 +42,23 @@ def _accumulate(dw: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, alpha: floa
         dw.add_(torch.mm(dz.T, x), alpha=alpha)
 
 
+def _cross_entropy_cpu(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """nll [rows]; logits [rows, V] become softmax - onehot in place, in row blocks that stay in the cache."""
+    acc = compute_dtype(logits.dtype)
+    nll = torch.empty(labels.shape, dtype=acc)
+    for z_out, label, nll_out in zip(*(t.split(_BLOCK_ROWS) for t in (logits, labels.unsqueeze(1), nll.unsqueeze(1)))):
+        z = z_out.to(acc)
+        # The fused softmax is half the price of log_softmax and exp; the largest probability, 1 / sum(exp(z - top)),
+        # gives the logarithm of the sum without the underflow that the label's own probability could have.
+        distance = z.amax(1, keepdim=True) - z.gather(1, label)
+        p = torch.softmax(z, 1, out=z)
+        torch.sub(distance, p.amax(1, keepdim=True).log_(), out=nll_out)
+        p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand(len(label), 1))
+        if z is not z_out:
+            z_out.copy_(z)
+    return nll
+
+
 def _lce_cpu(
     x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None,
     ignore_index: int, chunk_tokens: int | None, need_dx: bool, need_dw: bool,
@@ -55,20 +73,11 @@ def _lce_cpu(
         return nll, dx, dw
     alpha = 1.0 if scale is None else scale.item()
     chunk = _chunk_size(len(rows), chunk_tokens or _CHUNK_TOKENS_CPU, 1)
-    logits_buffer = torch.empty(chunk, weight.shape[0], dtype=x.dtype)
-    # fp32 holds log-probabilities, then dz, in the logits' own memory; bf16 needs fp32 room beside it.
-    logp_buffer = logits_buffer if x.dtype == acc else torch.empty(chunk, weight.shape[0], dtype=acc)
+    buffer = torch.empty(chunk, weight.shape[0], dtype=x.dtype)
     for rows_c in rows.split(chunk):
-        x_c, labels_c = x.index_select(0, rows_c), labels.index_select(0, rows_c).unsqueeze(1)
-        logits, logp = logits_buffer[: len(rows_c)], logp_buffer[: len(rows_c)]
-        torch.mm(x_c, weight.T, out=logits)
-        torch.log_softmax(logits if x.dtype == acc else logp.copy_(logits), -1, out=logp)
-        nll.index_copy_(0, rows_c, logp.gather(1, labels_c).squeeze(1).neg_())
-        if not (need_dx or need_dw):
-            continue
-        dz = logp.exp_()
-        dz.scatter_add_(1, labels_c, dz.new_full((1, 1), -1.0).expand(len(rows_c), 1))
-        dz = dz if x.dtype == acc else logits.copy_(dz)
+        x_c, labels_c = x.index_select(0, rows_c), labels.index_select(0, rows_c)
+        dz = torch.mm(x_c, weight.T, out=buffer[: len(rows_c)])
+        nll.index_copy_(0, rows_c, _cross_entropy_cpu(dz, labels_c))
         # The scale goes into the small results, not into another pass over dz.
         if need_dx:
             dx.index_copy_(0, rows_c, torch.mm(dz, weight).mul_(alpha))
@@ -154,7 +163,7 @@ def _lce_triton(
 
 
 def _chunk_limit(x: torch.Tensor, vocab: int) -> int:
-    """Rows of logits that fit in 1/32 of the device's memory (2.5 GB of 80), at least 4096: GEMMs near their best rate."""
+    """Rows of logits that fit in 1/32 of the device's memory (2.5 GB of 80), at least 4096: GEMMs at full rate."""
     memory = torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 0
     return max(memory // 32 // (vocab * x.element_size()) // 1024 * 1024, 4096)
 
@@ -183,8 +192,7 @@ _lce_op = define_op(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, scale, ignore_index, chunk_tokens):
-        need_dx, need_dw = ctx.needs_input_grad[:2]
+    def forward(ctx, x, weight, labels, scale, ignore_index, chunk_tokens, need_dx, need_dw):
         nll, dx, dw = _lce_op(x, weight, labels, scale, ignore_index, chunk_tokens, need_dx, need_dw)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
@@ -200,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dx = (dx * dloss).to(dx.dtype) if need_dx else None
         dw = (dw * dloss).to(ctx.weight_dtype) if need_dw else None
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None, None
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -217,10 +225,11 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, nll): loss = scale * sum(nll), a 0-dim fp32 tensor differentiable in x and weight.
 
-    x [T, H] and weight [V, H] of one dtype; labels [T] int64, `ignore_index` where there is no target, else 0 <= label < V
-    (not checked on a GPU). scale: fp32 0-dim tensor on x's device, usually 1 / (targets in the global batch); None for 1.
-    nll [T] fp32, 0 where ignored, not differentiable. Gradients of weight accumulate in fp32 and are rounded once.
-    Without gradients required only the loss is computed. chunk_tokens: rows of logits held at once, about.
+    x [T, H] and weight [V, H] of one dtype; labels [T] int64, `ignore_index` where there is no target, else 0 <=
+    label < V (not checked on a GPU). scale: fp32 0-dim tensor on x's device, usually 1 / (targets in the global
+    batch); None for 1. nll [T] fp32, 0 where ignored, not differentiable. Gradients of weight accumulate in fp32 and
+    are rounded once. Without gradients required only the loss is computed. chunk_tokens: rows of logits held at once,
+    about.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         raise ValueError(
@@ -229,4 +238,5 @@ def linear_cross_entropy(
         )
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x.dtype} and weight {weight.dtype}; one dtype is needed")
-    return _LinearCrossEntropy.apply(x, weight, labels, scale, ignore_index, chunk_tokens)
+    need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    return _LinearCrossEntropy.apply(x, weight, labels, scale, ignore_index, chunk_tokens, need_dx, need_dw)

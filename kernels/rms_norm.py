@@ -3,10 +3,10 @@
     rstd = (mean(x^2) + eps)^-1/2          y = x * rstd * w
     m = dy * w      dx = rstd * (m - x * rstd^2 * mean(m * x))      dw = sum_rows(dy * x * rstd)
 
-Floor (bf16, n = rows * H elements): forward reads x and writes y, 4n bytes (with the residual sum 8n: x, r in, s, y out);
-backward reads dy and x and writes dx, 6n bytes (with the residual sum 8n: ds in as well). Saved: x (or s), rstd per row.
-Source: Zhang & Sennrich 2019, arXiv:1910.07467; arithmetic in fp32 as in transformers' LlamaRMSNorm, rounded once.
-May touch: torch, triton.
+Floor (bf16, n = rows * H elements): forward reads x and writes y, 4n bytes (with the residual sum 8n: x, r in, s, y
+out); backward reads dy and x and writes dx, 6n bytes (with the residual sum 8n: ds in as well). Saved: x (or s), rstd
+per row. Source: Zhang & Sennrich 2019, arXiv:1910.07467; arithmetic in fp32 as in transformers' LlamaRMSNorm, rounded
+once. May touch: torch, triton.
 """
 
 from __future__ import annotations
