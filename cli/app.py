@@ -124,20 +124,36 @@ def merge(
     """Merge models: linear, slerp, task_arithmetic, ties. Everything is checked before the first byte is written."""
     from ..merge import merge as run
 
-    _print_json(run(config, out, device=device)["figures"])
+    _print_json(run(config, out, device=device, log=print)["figures"])
 
 
 @app.command("eval")
 def evaluate(
     model: ModelFolder,
-    tasks: Annotated[str, typer.Option(help="Task names or YAML files, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="Separated by commas: NAME:DATA, as mmlu:FOLDER, or a task's YAML file.")],
     out: OutOption,
     limit: Annotated[int | None, typer.Option(help="Only the first N documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question; else the task's own.")] = None,
+    mode: Annotated[str, typer.Option(help="clean, or lmeval: lm-evaluation-harness with its known faults.")] = "clean",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Evaluate a model on tasks and publish every figure with its rows."""
+    if mode not in ("clean", "lmeval"):
+        raise ValueError(f"--mode: {mode!r} given, allowed are clean, lmeval")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype: {dtype!r} given, allowed are float32, bfloat16")
+    import torch
+
     from ..eval import evaluate as run
 
-    _print_json(run(model, tasks.split(","), limit=limit, out=out)["figures"])
+    result = run(
+        *(model, tasks.split(","), limit, out, mode),
+        num_fewshot=num_fewshot,
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    _print_json(result["figures"])
 
 
 @app.command()
@@ -178,24 +194,26 @@ def verify(path: Annotated[Path, typer.Argument(help="A model folder or any arte
 def bench_train(
     out: RecordOption = None,
     model: Annotated[Path | None, typer.Option(help="Model folder; else random weights of SmolLM2's shape.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Documents (needs --model); else generated ones.")] = None,
 ) -> None:
     """Training step against a transformers loop on the same packed tokens: tokens/s and peak memory."""
     from ..bench import train
     from ..bench.record import record
 
-    _print_json(record("train", train.run(model=model), out))
+    _print_json(record("train", train.run(model, text), out))
 
 
 @bench_app.command("data")
 def bench_data(
     out: RecordOption = None,
-    model: Annotated[Path | None, typer.Option(help="Folder with the tokenizer.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder with the tokenizer; else one made for it.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help="Text; else the standard library's sources.")] = None,
 ) -> None:
     """Tokenising against the raw library, and packing a million documents."""
     from ..bench import data
     from ..bench.record import record
 
-    _print_json(record("data", data.run(model=model), out))
+    _print_json(record("data", data.run(model, files or ()), out))
 
 
 @bench_app.command("eval")
@@ -209,6 +227,15 @@ def bench_eval(
     from ..bench.record import record
 
     _print_json(record("eval", bench.run(model=model, mmlu=mmlu), out))
+
+
+@bench_app.command("kernels")
+def bench_kernels(out: RecordOption = None) -> None:
+    """Every kernel against eager torch and against its floor, on the GPU if there is one."""
+    from ..bench import kernels
+    from ..bench.record import record
+
+    _print_json(record("kernels", kernels.run(), out))
 
 
 @bench_app.command("merge")

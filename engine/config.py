@@ -79,8 +79,9 @@ _NEUTRAL_BY_FAMILY: dict[str, dict[str, tuple[Any, ...]]] = {
 
 # Keys that say nothing about the logits: bookkeeping, initialisation, other heads, and defaults of text generation.
 _HARMLESS = {
-    *("transformers_version", "_name_or_path", "_commit_hash", "name_or_path", "is_llama_config", "tokenizer_class"),
-    *("initializer_range", "use_cache", "pretraining_tp", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("transformers_version", "_name_or_path", "_model_name_or_path", "_commit_hash", "name_or_path"),
+    *("is_llama_config", "tokenizer_class", "initializer_range", "use_cache", "pretraining_tp"),
+    *("pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
     *("return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss"),
     *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task", "prefix"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "is_decoder"),

@@ -58,7 +58,7 @@ class ExportConfig(_Section):
 
 
 class LogConfig(_Section):
-    """every: steps that one line of metrics sums up (a checkpoint ends a line too); tensorboard: for TensorBoard too."""
+    """every: steps that one line of metrics sums up (a checkpoint ends a line too); tensorboard: write for it too."""
 
     every: int = Field(default=10, ge=1)
     tensorboard: bool = False

@@ -12,7 +12,6 @@ do depend on which requests are scored together through the order of floating-po
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -169,7 +168,7 @@ class Scorer:
             cache = KVCache(self.decoder.config.num_hidden_layers, device)
             cache.branch([None] * len(batch), lengths)
         else:
-            cache = fork(parent_cache)
+            cache = parent_cache.fork()
             cache.branch([sequence for sequence, _ in batch], lengths)
         return self.decoder(tokens, cache.positions, cache.cu_seqlens, cache.max_seqlen, cache), cache
 
@@ -202,13 +201,6 @@ class Scorer:
             pair_greedy = (best[pair_row] == pair_target).cpu().numpy()
             np.add.at(logprob, requests[first:last], pair_logprob)
             np.logical_and.at(greedy, requests[first:last], pair_greedy)
-
-
-def fork(cache: KVCache) -> KVCache:
-    """A cache that continues from the same keys and values; `branch` on it leaves the original as it is."""
-    twin = copy.copy(cache)
-    twin.keys, twin.values = list(cache.keys), list(cache.values)
-    return twin
 
 
 def prefix_tree(requests: Sequence[Request], share: bool = True) -> list[Node]:

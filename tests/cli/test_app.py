@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "eval", "generate", "report",
-            "verify", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
+            "verify", "bench kernels", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
 
 
 
@@ -38,7 +38,8 @@ def test_every_command_has_help() -> None:
         (["import", "gguf", "nowhere.gguf", "out"], "nowhere.gguf"),
         (["data", "inspect", "nowhere"], "nowhere"),
         (["report", "nowhere", "--out", "x.html"], "nowhere"),
-        (["eval", "nowhere", "--tasks", "perplexity", "--out", "x.json"], "nowhere"),
+        (["eval", "nowhere", "--tasks", "perplexity:nowhere.txt", "--out", "x.json"], "nowhere"),
+        (["eval", "nowhere", "--tasks", "perplexity", "--out", "x.json"], "perplexity:PATH"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(arguments: list[str], message: str, tmp_path: Path) -> None:
