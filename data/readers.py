@@ -145,17 +145,16 @@ def _check_text(text: str) -> tuple[str, str]:
 def _line_blocks(path: str | Path, suffix: str) -> Iterator[Block]:
     """Complete lines, about BLOCK_BYTES per block; a longer line is a block of its own."""
     number = 1
-    rest = b""
+    pending: list[bytes] = []  # parts of a line whose end has not come
     for chunk in _checked_chunks(path, suffix):
-        if b"\n" not in chunk:
-            rest += chunk
-            continue
-        lines = (rest + chunk).split(b"\n")
-        rest = lines.pop()
-        yield Block(str(path), number, _without_bom(lines, number), is_json=True)
-        number += len(lines)
-    if rest:
-        yield Block(str(path), number, _without_bom([rest], number), is_json=True)
+        pending.append(chunk)
+        if b"\n" in chunk:
+            lines = b"".join(pending).split(b"\n")
+            pending = [lines.pop()]
+            yield Block(str(path), number, _without_bom(lines, number), is_json=True)
+            number += len(lines)
+    if any(pending):
+        yield Block(str(path), number, _without_bom([b"".join(pending)], number), is_json=True)
 
 
 def _without_bom(lines: list[bytes], number: int) -> list[bytes | None]:

@@ -21,8 +21,9 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -93,11 +94,12 @@ def tokenize_files(
         with atomic_folder(out) as folder, _ShardWriter(folder, dtype, shard_tokens) as writer:
             tallies = [_FileTally(str(path)) for path in paths]
             blocks = ((index, block) for index, path in enumerate(paths) for block in read_blocks(path, text_field))
-            for index, encoded in _encode_in_order(blocks, job, tokenizer, workers):
-                writer.add(encoded)
-                tallies[index].add(encoded)
-                if progress is not None:
-                    progress(writer.num_docs, writer.num_tokens)
+            with contextlib.closing(_encode_in_order(blocks, job, tokenizer, workers)) as results:
+                for index, encoded in results:
+                    writer.add(encoded)
+                    tallies[index].add(encoded)
+                    if progress is not None:
+                        progress(writer.num_docs, writer.num_tokens)
             shards = writer.close()
             manifest = _make_manifest(tokenizer, job, shard_tokens, tallies, shards, writer)
             if writer.num_docs == 0:
@@ -205,7 +207,7 @@ def _encode_block(block: Block, job: _Job, tokenizer: Tokenizer) -> _Encoded:
 
 def _encode_in_order(
     blocks: Iterator[tuple[int, Block]], job: _Job, tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[int, _Encoded]]:
+) -> Generator[tuple[int, _Encoded]]:
     """(file index, encoded block) in the order of `blocks`, with at most a few blocks per worker in flight."""
     if workers == 1:
         for index, block in blocks:
@@ -231,8 +233,9 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(job: _Job) -> None:
-    """Runs once in each worker: one core per process, and no life after the parent's."""
+    """Runs once in each worker: one core per process, Ctrl-C is the parent's affair, and no life after the parent's."""
     global _worker_job, _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_job = job

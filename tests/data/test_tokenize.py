@@ -202,21 +202,24 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_leaves_no_store_and_no_processes(bpe_folder: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
+def test_a_killed_build_leaves_no_store_and_no_processes(
+    bpe_folder: Path, tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", many_texts(2000))
     script = tmp_path / "build.py"
     script.write_text(SLOW_BUILD)
     out = tmp_path / "stores" / "mine"
     command = [sys.executable, str(script), str(file), str(bpe_folder), str(out), str(workers)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         children = [int(pid) for pid in process.stdout.readline().split()]
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
     assert len(children) == (workers if workers > 1 else 0)
     assert not out.exists()
-    (unfinished,) = out.parent.iterdir()
-    for path in (out, unfinished):
+    unfinished = list(out.parent.iterdir())
+    assert len(unfinished) == (1 if number == signal.SIGKILL else 0)  # an interrupted one cleans up after itself
+    for path in (out, *unfinished):
         with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
             TokenStore(path)
     deadline = time.monotonic() + 60
