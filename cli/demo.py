@@ -128,6 +128,9 @@ class _Demo:
         total = 7 + 2 * len(self.merges)
         self.steps = Steps(out, total, self._say, lambda: peak_memory_bytes(torch.device(settings.device)))
 
+    def _computation(self) -> dict[str, str]:
+        return {"precision": self.settings.precision, "device": self.settings.device}
+
     def _say(self, line: str) -> None:
         self.console.print(line)
 
@@ -227,7 +230,6 @@ class _Demo:
         from ..eval import evaluate
 
         out, tasks = self.out / "eval" / f"{name}.json", [self.out / "tasks" / f"{task}.yaml" for task in TASKS]
-        settings = {"precision": self.settings.precision, "device": self.settings.device}
         self.steps.run(
             f"evaluate {name}",
             lambda: evaluate(
@@ -239,7 +241,7 @@ class _Demo:
             ),
             inputs=[self.models[name], self.out / "corpora", *tasks],
             output=out,
-            settings=settings,
+            settings=self._computation(),
         )
         self._say("    " + _headline(json.loads(out.read_text(encoding="utf-8"))["figures"]))
 
@@ -252,7 +254,7 @@ class _Demo:
             lambda: atomic_write(out, json.dumps(self._answers(names), indent=2, ensure_ascii=False) + "\n"),
             inputs=[self.models[name] for name in names],
             output=out,
-            settings={"prompts": PROMPTS, "max_new_tokens": self.settings.max_new_tokens, **asdict(self.settings)},
+            settings={"prompts": PROMPTS, "max_new_tokens": self.settings.max_new_tokens, **self._computation()},
         )
 
     def _answers(self, names: list[str]) -> list[dict[str, Any]]:
