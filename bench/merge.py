@@ -159,7 +159,7 @@ def _write_models(root: Path, size: tuple[int, ...]) -> int:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     kv = hidden // heads * kv_heads
     for layer in range(layers):
         shapes |= {
