@@ -1,10 +1,10 @@
 """steep.data: text -> token store -> packing index -> order -> batches; tokenizers and chat templates.
 
-Needs numpy and the libraries that read the formats, never torch. The format libraries are imported when first used.
+Needs numpy and the libraries that read the formats, never torch. The format libraries are imported when first used,
+and `steep.data.config` (pydantic) only by whoever reads a recipe: every tokenising process imports this package.
 """
 
 from .batch import IGNORE, BatchLoader, PackedBatch, SequentialLoader, Source, prefetch, token_shares
-from .config import DataConfig, SourceConfig, ValidationConfig
 from .order import Mixture, Order, Permutation, Phase
 from .packing import PackingIndex, pack_best_fit, pack_concat
 from .readers import Document, Reject, read_documents
@@ -15,7 +15,6 @@ from .tokenizer import Tokenizer, load_tokenizer
 __all__ = [
     "IGNORE",
     "BatchLoader",
-    "DataConfig",
     "Document",
     "Mixture",
     "Order",
@@ -26,10 +25,8 @@ __all__ = [
     "Reject",
     "SequentialLoader",
     "Source",
-    "SourceConfig",
     "TokenStore",
     "Tokenizer",
-    "ValidationConfig",
     "load_tokenizer",
     "pack_best_fit",
     "pack_concat",

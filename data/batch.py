@@ -12,15 +12,17 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from .config import DataConfig
 from .files import sha256_json
 from .order import Order, Phase
 from .packing import PackingIndex, pack
 from .store import TokenStore
+
+if TYPE_CHECKING:
+    from .config import DataConfig
 
 IGNORE = -100  # label of a position without a target
 

@@ -190,13 +190,13 @@ def _encode_block(block: Block, job: _Job, tokenizer: Tokenizer) -> _Encoded:
             flat += after
             lengths.append(len(before) + len(ids) + len(after))
             text_bytes += len(text) if text.isascii() else len(text.encode())
-        arrays.append(np.array(flat, dtype=np.int64))
+        arrays.append(np.array(flat, job.dtype))
         flat.clear()
-    tokens = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-    max_token = int(tokens.max(initial=-1))
+    tokens = np.concatenate(arrays) if arrays else np.empty(0, job.dtype)
+    max_token = int(tokens.max(initial=0))
     assert max_token < tokenizer.vocab_size
     return _Encoded(
-        tokens.astype(job.dtype).tobytes(),
+        tokens.tobytes(),
         np.array(lengths, np.int64),
         rejects,
         len(block.records),
@@ -266,7 +266,7 @@ class _ShardWriter:
         self.shard_tokens = shard_tokens
         self.num_docs = 0
         self.num_tokens = 0
-        self.max_token = -1
+        self.max_token = 0
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._lengths: list[np.ndarray] = []

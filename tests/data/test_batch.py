@@ -11,7 +11,6 @@ import pytest
 from steep.data import (
     IGNORE,
     BatchLoader,
-    DataConfig,
     PackedBatch,
     Phase,
     SequentialLoader,
@@ -21,6 +20,7 @@ from steep.data import (
     token_shares,
     tokenize_files,
 )
+from steep.data.config import DataConfig
 from tests.data.samples import many_texts, write_jsonl
 
 SEQ_LEN = 64

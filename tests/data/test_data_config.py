@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from steep.data import DataConfig
+from steep.data.config import DataConfig
 
 
 def config(**changes: Any) -> dict[str, Any]:
