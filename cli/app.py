@@ -45,6 +45,12 @@ def main() -> None:
         sys.exit(1)
 
 
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -78,18 +84,28 @@ def tokenize(
     out: OutOption,
     text_field: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
     workers: Annotated[int, typer.Option(help="Processes, 0: one per core. The result is the same.")] = 0,
-    eos: Annotated[bool, typer.Option(help="End every document with EOS.")] = True,
-    bos: Annotated[str, typer.Option(help="auto: as the model's tokenizer does by itself; or yes, no.")] = "auto",
+    eos: Annotated[str, typer.Option(help="Ends every document: yes (the model's EOS), no, or a token.")] = "yes",
+    bos: Annotated[str, typer.Option(help="Begins it: auto (as the tokenizer does by itself), yes or no.")] = "auto",
 ) -> None:
     """Text files to a token store, with an account of every document."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     from ..data import tokenize_files
 
-    if bos not in ("auto", "yes", "no"):
+    words = {"yes": True, "no": False}
+    if bos not in ("auto", *words):
         raise ValueError(f"--bos: {bos!r} given, allowed are auto, yes, no")
-    policy = "auto" if bos == "auto" else bos == "yes"
-    manifest = tokenize_files(
-        [str(file) for file in files], model, out, text_field=text_field, bos=policy, eos=eos, workers=workers or None
-    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, console=_stderr()) as display:
+        task = display.add_task("starting")
+        manifest = tokenize_files(
+            *(files, model, out),
+            text_field=text_field,
+            bos=words.get(bos, "auto"),
+            eos=words.get(eos, eos),
+            workers=workers or None,
+            progress=lambda docs, tokens: display.update(task, description=f"{docs:,} documents, {tokens:,} tokens"),
+        )
     _print_json(manifest["figures"])
 
 
@@ -97,11 +113,13 @@ def tokenize(
 def inspect(
     store: Annotated[Path, typer.Argument(help="Token store.")],
     seq_len: Annotated[int | None, typer.Option(help="Also pack at this sequence length and report.")] = None,
+    doc: Annotated[int | None, typer.Option(help="Also show how this document begins.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder with the tokenizer, if it has moved since.")] = None,
 ) -> None:
     """What a token store holds, and how it would pack."""
     from ..data.inspect import inspect_store
 
-    _print_json(inspect_store(store, seq_len=seq_len))
+    _print_json(inspect_store(store, seq_len=seq_len, doc=doc, tokenizer_folder=model))
 
 
 @app.command(context_settings={"ignore_unknown_options": False})
