@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import atomic_folder, atomic_write, check_absent, hash_inputs, read_manifest
+from ..data.files import MANIFEST, atomic_folder, atomic_write, check_absent, hash_inputs, read_manifest
 from ..engine.safetensors_io import SafetensorsFolder, SafetensorsWriter
-from ..engine.weights import write_model_manifest
+from ..engine.weights import carried_files, write_model_manifest
 from .config import parse_config, read_yaml
 from .methods import (
     PARALLEL_COSINE,
@@ -64,7 +64,7 @@ def merge(
     Args:
         config: path of the YAML; or its content as a mapping, whose relative paths count from the current folder.
         out: folder to create; it must not exist or be empty.
-        device: where the arithmetic runs.
+        device: where the arithmetic runs: cpu, cuda or cuda:N.
         max_shard_bytes: size at which a further weight file is begun.
         chunk_elements: elements of a tensor held at once, rounded up to a multiple of 4096.
         workers: tensors merged at the same time; default: torch's number of threads, at most 8.
@@ -82,6 +82,7 @@ def merge(
     """
     log = log or (lambda line: None)
     started = time.monotonic()
+    where = _device(device)
     check_absent(out)
     if isinstance(config, Mapping):
         written, folder, sources = dict(config), None, []
@@ -92,14 +93,13 @@ def merge(
     for line in plan.summary():
         log(line)
 
-    chunk = -(-(chunk_elements or CHUNK_ELEMENTS[torch.device(device).type]) // ROW) * ROW
+    chunk = -(-(chunk_elements or CHUNK_ELEMENTS[where.type]) // ROW) * ROW
     workers = workers or min(MAX_WORKERS, torch.get_num_threads())
-    with atomic_folder(out) as building, ThreadPoolExecutor(1, "steep-hash") as hashing:
-        # The hashing thread reads ahead of the merge, so files come from the disk once if memory allows.
-        input_hashes = hashing.submit(hash_inputs, [*sources, *(model.path for model in plan.models)])
+    sources += [file for model in plan.models for file in _identity(model)]
+    with atomic_folder(out) as building, _hashing(sources) as input_hashes:
         specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
         with SafetensorsWriter(building, specs, max_shard_bytes) as writer:
-            records = _merge_all(plan, writer, torch.device(device), chunk, workers, progress)
+            records = _merge_all(plan, writer, where, chunk, workers, progress)
         atomic_write(building / "config.json", json.dumps(plan.config_json, indent=2, ensure_ascii=False) + "\n")
         for donor, file in plan.carried:
             target = building / file.relative_to(donor)
@@ -109,7 +109,7 @@ def merge(
         write_model_manifest(
             building,
             "merged model",
-            inputs=input_hashes.result(),
+            inputs={path: entry for job in input_hashes for path, entry in job.result().items()},
             config=written,
             figures={
                 "seconds": round(time.monotonic() - started, 3),
@@ -219,8 +219,9 @@ def _merge_tensor(
 class _Reader:
     """Chunks of one output tensor's inputs, on the device, in the order of the tensor; can be gone through repeatedly.
 
-    Iteration yields (first flat element, vectors). Vectors are float32: for linear the models; for slerp the base and
-    the other; for methods on task vectors the base and the differences M_i - B. A tensor of one chunk is read once.
+    Iteration yields (first flat element, vectors). Vectors are float32: for linear the models; for slerp the base, the
+    other and their difference; for methods on task vectors the base and the differences M_i - B. `pairs` are the
+    vectors whose dot products are of interest. A tensor of one chunk is read once.
     """
 
     def __init__(self, plan: MergePlan, tensor: TensorPlan, device: torch.device, chunk: int) -> None:
@@ -237,7 +238,7 @@ class _Reader:
         vectors = range(len(order))
         self.pairs: list[tuple[int, int]] = [] if tensor.operation == "equal" else [(i, i) for i in vectors]
         if tensor.operation == "slerp":
-            self.pairs.append((0, 1))
+            self.pairs += [(0, 1), (2, 2)]
         elif tensor.operation in ("task_arithmetic", "ties"):
             self.pairs += combinations(vectors[1:], 2)
 
@@ -260,6 +261,8 @@ class _Reader:
         values = [x.to(torch.float32) for x in raw]
         if self.tensor.operation in ("task_arithmetic", "ties"):
             return [values[0], *(x - values[0] for x in values[1:])]
+        if self.tensor.operation == "slerp":
+            return [*values, values[1] - values[0]]
         return values
 
     def add_products(self, vectors: Sequence[Tensor], sums: dict[tuple[int, int], list[float]]) -> None:
@@ -312,10 +315,9 @@ def _figures(operation: str, sums: Mapping[tuple[int, int], float], models: Sequ
     if operation == "linear":
         return {"norms": [norm(i) for i in vectors]}
     if operation == "slerp":
-        delta = math.sqrt(max(0.0, sums[0, 0] + sums[1, 1] - 2 * sums[0, 1]))
         return {
             "base_norm": norm(0),
-            "relative_deltas": [ratio(delta, norm(0))],
+            "relative_deltas": [ratio(norm(2), norm(0))],
             "cosine": ratio(sums[0, 1], norm(0) * norm(1)),
         }
     return {
@@ -356,6 +358,30 @@ def _straight_lines(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any],
     if not parallel:
         return []
     return [f"slerp: {parallel} of {len(cosines)} tensors have |cosine| over {PARALLEL_COSINE}: interpolated on a line"]
+
+
+def _device(name: str) -> torch.device:
+    if name.split(":")[0] not in CHUNK_ELEMENTS:
+        raise ValueError(f"device: {name!r}; allowed: {', '.join(CHUNK_ELEMENTS)}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r}, but torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def _identity(model: SafetensorsFolder) -> list[Path]:
+    """The files whose hashes say which model it was: its manifest if it has one, else weights and what goes along."""
+    manifest = model.path / MANIFEST
+    return [manifest] if manifest.is_file() else [*model.files, *carried_files(model.path)]
+
+
+@contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[list[Future[dict[str, Any]]]]:
+    """Hash files in one thread beside the merge; it reads ahead, so they come from the disk once if memory allows."""
+    pool = ThreadPoolExecutor(1, "steep-hash")
+    try:
+        yield [pool.submit(hash_inputs, [file]) for file in files]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
