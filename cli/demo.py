@@ -54,7 +54,7 @@ class Settings:
     sizes: Sizes
     lr: float = 3e-4
     seq_len: int = 512
-    sequences: int = 2
+    step_sequences: int = 2
     merges: tuple[tuple[str, float], ...] = (
         ("slerp", 0.25),
         ("slerp", 0.5),
@@ -324,6 +324,9 @@ def recipe(settings: Settings, out: Path) -> dict[str, Any]:
     sequences = {
         name: pack(TokenStore(store).lengths, settings.seq_len, "best_fit").num_seqs for name, store in stores.items()
     }
+    batch = {"sequences": settings.step_sequences}
+    if settings.precision == "float32":  # one at a time, to stay well below 4 GB
+        batch = {"sequences": 1, "accumulation": settings.step_sequences}
     return {
         "model": str(out / "base"),
         "out": str(out / "train"),
@@ -341,7 +344,7 @@ def recipe(settings: Settings, out: Path) -> dict[str, Any]:
                 {"name": name, "store": str(out / "stores" / f"{name}.held_out")} for name in ("domain", "general")
             ],
         },
-        "batch": {"sequences": settings.sequences},
+        "batch": batch,
         "schedule": {"kind": "cosine", "lr": settings.lr, "end_lr": settings.lr / 10, "warmup_ratio": 0.1},
         "optimizer": {"weight_decay": 0.01},
         "validation": {"every": 30, "sequences": 6},

@@ -160,7 +160,7 @@ def _training_settings(
         "general text replayed": f"{documents['general.train']:,} documents, "
         f"{settings.sizes.replay_share:.0%} of the characters",
         "optimizer": f"AdamW, peak learning rate {settings.lr:g}, warm-up and cosine to a tenth, "
-        f"{settings.seq_len * settings.sequences:,} tokens per step in sequences of {settings.seq_len}",
+        f"{settings.seq_len * settings.step_sequences:,} tokens per step in sequences of {settings.seq_len}",
         "precision": settings.precision + (", exact fp32 master weights" if settings.precision == "bfloat16" else ""),
         "rate": f"{tokens_per_second:,.0f} tokens/s (median)",
     }
