@@ -41,8 +41,9 @@ def launch(fn: Callable, grid: tuple[int, ...], *args, num_warps: int = 4, num_s
         with torch.cuda.device_of(args[0]):
             fn[grid](*args, INTERPRET=False, **options, **constexprs)
     else:
-        # Device functions, triton's own (tl.sum) among them, are JITFunctions too: here a call interprets them.
-        with patch.object(JITFunction, "__call__", _interpret_device_function):
+        # Device functions, triton's own (tl.sum) among them, are JITFunctions too: here a call interprets them. What
+        # that leaves patched in triton's library is put back, or nothing could be compiled afterwards.
+        with patch.object(JITFunction, "__call__", _interpret_device_function), patch.dict(vars(tl.core)):
             _interpreted(fn.fn)[grid](*args, INTERPRET=True, **constexprs)
 
 

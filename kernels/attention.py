@@ -106,6 +106,7 @@ def _fold_groups(q_LHD: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     groups = q.shape[1] // k.shape[1]
     acc = compute_dtype(q.dtype)
     o = torch.empty(q.shape, dtype=q.dtype)
@@ -133,6 +134,7 @@ def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
 def _attention_backward_cpu(
     do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend
 ):
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     groups = q.shape[1] // k.shape[1]
     lse_TH = lse.T.contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype)
@@ -168,6 +170,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def _attention_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if backend == "triton":
         return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, window, scale)
     o, lse, _ = torch.ops.torch_attn._varlen_attn(
@@ -180,6 +183,7 @@ def _attention_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
 def _attention_backward_cuda(
     do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend
 ):
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if backend == "triton":
         return attention_backward_triton(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, window, scale)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -193,7 +197,7 @@ def _attention_backward_cuda(
 # --- operators -------------------------------------------------------------------------------------------------------
 
 _DOCUMENTS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? window, float scale, "
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? window, float scale, "
     "str backend"
 )
 
@@ -229,14 +233,14 @@ class _Attention(torch.autograd.Function):
 
 
 # --- backends --------------------------------------------------------------------------------------------------------
-# Each takes (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale) and returns o under
-# autograd. Keyword arguments throughout: the fourth positional one is not the same in FlashAttention 2, 3 and 4.
+# Each takes (q, k, v, cu_seqlens_q, cu_seqlens_k or None, max_seqlen_q, max_seqlen_k, window, scale) and returns o
+# under autograd. Keyword arguments throughout: the fourth positional one is not the same in FlashAttention 2, 3 and 4.
 
 
 def _flash_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, no_window) -> dict:
     return {
         "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
+        "cu_seqlens_k": cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "softmax_scale": scale,
@@ -418,7 +422,8 @@ def attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; it counts the query's own key: at least 1, or None")
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # torch.compile refuses one tensor as two inputs of an autograd.Function
     max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     documents = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale)

@@ -242,7 +242,7 @@ def tile_sizes(which: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of the "forward", "dq" or "dkv" kernel: the largest tried that sm_90 compiles without a spill
     (tests/kernels/test_compile.py reads that off the machine code)."""
     if dtype == torch.float32:
-        tiles = (16, 32, 8, 1)
+        tiles = (32, 32, 4, 2) if which != "dkv" and head_dim <= 128 else (16, 32, 8, 1)
     elif head_dim <= 64:
         tiles = {"forward": (128, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 128, 8, 2)}[which]
     elif head_dim <= 128:

@@ -32,18 +32,18 @@ def _chunk_size(tokens: int, limit: int, multiple: int) -> int:
     return max(cdiv(tokens, chunks * multiple), 1) * multiple
 
 
-def _accumulate(dw: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, alpha: float = 1.0) -> None:
-    """dw += alpha * dz^T x in fp32: in the GEMM where there is one with fp32 output, else by one rounding per chunk."""
+def _accumulate(dw: torch.Tensor, dz: torch.Tensor, x: torch.Tensor) -> None:
+    """dw += dz^T x in fp32: in the GEMM where there is one with fp32 output, else by one rounding per chunk."""
     if dz.dtype == dw.dtype:
-        dw.addmm_(dz.T, x, alpha=alpha)
+        dw.addmm_(dz.T, x)
     elif dz.is_cuda:
-        torch.addmm(dw, dz.T, x, out_dtype=dw.dtype, alpha=alpha, out=dw)
+        torch.addmm(dw, dz.T, x, out_dtype=dw.dtype, out=dw)
     else:
-        dw.add_(torch.mm(dz.T, x), alpha=alpha)
+        dw.add_(torch.mm(dz.T, x))
 
 
-def _cross_entropy_cpu(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """nll [rows]; logits [rows, V] become softmax - onehot in place, in row blocks that stay in the cache."""
+def _cross_entropy_cpu(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """nll [rows]; logits [rows, V] become dz in place, in row blocks that stay in the cache between the passes."""
     acc = compute_dtype(logits.dtype)
     nll = torch.empty(labels.shape, dtype=acc)
     for z_out, label, nll_out in zip(*(t.split(_BLOCK_ROWS) for t in (logits, labels.unsqueeze(1), nll.unsqueeze(1)))):
@@ -54,8 +54,10 @@ def _cross_entropy_cpu(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
         p = torch.softmax(z, 1, out=z)
         torch.sub(distance, p.amax(1, keepdim=True).log_(), out=nll_out)
         p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand(len(label), 1))
-        if z is not z_out:
-            z_out.copy_(z)
+        if scale is not None:
+            p.mul_(scale)
+        if p is not z_out:
+            z_out.copy_(p)
     return nll
 
 
@@ -71,18 +73,16 @@ def _lce_cpu(
     rows = torch.nonzero(labels != ignore_index).squeeze(1)
     if not len(rows):
         return nll, dx, dw
-    alpha = 1.0 if scale is None else scale.item()
     chunk = _chunk_size(len(rows), chunk_tokens or _CHUNK_TOKENS_CPU, 1)
     buffer = torch.empty(chunk, weight.shape[0], dtype=x.dtype)
     for rows_c in rows.split(chunk):
         x_c, labels_c = x.index_select(0, rows_c), labels.index_select(0, rows_c)
         dz = torch.mm(x_c, weight.T, out=buffer[: len(rows_c)])
-        nll.index_copy_(0, rows_c, _cross_entropy_cpu(dz, labels_c))
-        # The scale goes into the small results, not into another pass over dz.
+        nll.index_copy_(0, rows_c, _cross_entropy_cpu(dz, labels_c, scale))
         if need_dx:
-            dx.index_copy_(0, rows_c, torch.mm(dz, weight).mul_(alpha))
+            dx.index_copy_(0, rows_c, torch.mm(dz, weight))
         if need_dw:
-            _accumulate(dw, dz, x_c, alpha)
+            _accumulate(dw, dz, x_c)
     return nll, dx, dw
 
 

@@ -1,7 +1,7 @@
 """Compile the Triton kernels of a call for sm_90 on a machine without a GPU, and read the result off the machine code.
 
-`capture` runs a host function on meta tensors and records what it would launch; `compile_sm90` compiles one such launch with
-the very specialisation the launcher would give it and returns registers, stack (spills), shared memory and PTX.
+`capture` runs a host function on meta tensors and records what it would launch; `compile_sm90` compiles one such launch
+with the very specialisation the launcher would give it and returns registers, stack (spills), shared memory and PTX.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def compile_sm90(launch: Launch) -> Compiled:
         signature[name] = mangle_type(value) if not isinstance(value, torch.Tensor) else _pointer(value)
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[index] = [["tt.divisibility", 16]]
-    signature |= {name: "constexpr" for name in constexprs}
+    signature |= dict.fromkeys(constexprs, "constexpr")
     signature = {name: signature[name] for name in launch.fn.arg_names}
     compiled = triton.compile(
         ASTSource(launch.fn, signature, constexprs, attrs),
@@ -80,5 +80,5 @@ def compile_sm90(launch: Launch) -> Compiled:
 
 
 def _pointer(tensor: torch.Tensor) -> str:
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
     return "*" + names[tensor.dtype]
