@@ -241,8 +241,10 @@ def _options(q: torch.Tensor, window: int | None) -> dict:
 def tile_sizes(which: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of the "forward", "dq" or "dkv" kernel: the largest tried that sm_90 compiles without a spill
     (tests/kernels/test_compile.py reads that off the machine code)."""
-    if dtype == torch.float32:
-        tiles = (32, 32, 4, 2) if which != "dkv" and head_dim <= 128 else (16, 32, 8, 1)
+    if dtype == torch.float32 and head_dim <= 128:
+        tiles = {"forward": (32, 32, 4, 2), "dq": (32, 32, 4, 2), "dkv": (16, 16, 4, 2)}[which]
+    elif dtype == torch.float32:
+        tiles = (16, 32, 8, 1)
     elif head_dim <= 64:
         tiles = {"forward": (128, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 128, 8, 2)}[which]
     elif head_dim <= 128:
