@@ -99,7 +99,9 @@ def tokenize(
     with Progress(*columns, transient=True, console=_stderr()) as display:
         task = display.add_task("starting")
         manifest = tokenize_files(
-            *(files, model, out),
+            files,
+            model,
+            out,
             text_field=text_field,
             bos=words.get(bos, "auto"),
             eos=words.get(eos, eos),
@@ -166,7 +168,11 @@ def evaluate(
     from ..eval import evaluate as run
 
     result = run(
-        *(model, tasks.split(","), limit, out, mode),
+        model,
+        tasks.split(","),
+        limit=limit,
+        out=out,
+        mode="clean" if mode == "clean" else "lmeval",
         num_fewshot=num_fewshot,
         dtype=getattr(torch, dtype),
         device=device,
