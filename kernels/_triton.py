@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -26,12 +27,12 @@ except ImportError:  # a CPU-only installation
     tl = JITFunction = None
 
 
-def kernel(fn: Callable) -> Callable:
+def kernel(fn: Callable) -> Any:
     """Decorator of every Triton function here: `triton.jit` that never turns into an interpreter-only object."""
     return fn if JITFunction is None else JITFunction(fn)
 
 
-def launch(fn: Callable, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constexprs) -> None:
+def launch(fn: Any, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constexprs) -> None:
     """Run `fn` over `grid`: compiled if the first argument is a CUDA tensor, interpreted if it is on the CPU (tests).
 
     fp fusion is pinned: triton's default for it changes with 3.10, and with it the last bits of every result.
@@ -47,7 +48,7 @@ def launch(fn: Callable, grid: tuple[int, ...], *args, num_warps: int = 4, num_s
             _interpreted(fn.fn)[grid](*args, INTERPRET=True, **constexprs)
 
 
-def _interpret_device_function(jit_function: Callable, *args, **kwargs):
+def _interpret_device_function(jit_function: Any, *args, **kwargs):
     interpreted = _interpreted(jit_function.fn)
     if not jit_function.module.startswith("triton."):
         interpreted = interpreted.rewrite()  # our `tl` is already the interpreter's: not patched a second time
@@ -55,7 +56,7 @@ def _interpret_device_function(jit_function: Callable, *args, **kwargs):
 
 
 @cache
-def _interpreted(fn: Callable) -> Callable:
+def _interpreted(fn: Callable) -> Any:
     return InterpretedFunction(fn)
 
 

@@ -237,7 +237,7 @@ class _Attention(torch.autograd.Function):
 # under autograd. Keyword arguments throughout: the fourth positional one is not the same in FlashAttention 2, 3 and 4.
 
 
-def _flash_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, no_window) -> dict:
+def _flash_arguments(no_window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale) -> dict:
     return {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
@@ -253,19 +253,19 @@ def _flash_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, win
 def _flash_attention_3(q, k, v, *documents) -> torch.Tensor:
     from flash_attn_interface import flash_attn_varlen_func
 
-    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(*documents, no_window=-1)))
+    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(-1, *documents)))
 
 
 def _flash_attention_4(q, k, v, *documents) -> torch.Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(*documents, no_window=None)))
+    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(None, *documents)))
 
 
 def _flash_attention_2(q, k, v, *documents) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(*documents, no_window=-1)))
+    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(-1, *documents)))
 
 
 def _torch_varlen(q, k, v, *documents) -> torch.Tensor:
@@ -338,11 +338,11 @@ def _disagreement(
         for rows, heads in ((rows_q, 4), (rows_q, 4), (rows_k, 2), (rows_k, 2))
     )
 
-    def run(*x: torch.Tensor) -> torch.Tensor:
-        return backend(*x, cu_q, cu_k, int(queries.max()), int(keys.max()), window, 0.125)
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return backend(q, k, v, cu_q, cu_k, int(queries.max()), int(keys.max()), window, 0.125)
 
-    def reference(*x: torch.Tensor) -> torch.Tensor:
-        return attention_reference(*x, cu_q, cu_k, window, 0.125)
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention_reference(q, k, v, cu_q, cu_k, window, 0.125)
 
     first, second = (_with_gradients(run, do, q, k, v) for _ in range(2))
     _wait(backend.__name__, device)
