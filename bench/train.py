@@ -79,7 +79,7 @@ def run(
         path = Path(model) if model is not None else _random_model(Path(temporary, "model"))
         documents = _read_documents(text, path, seq_len) if text is not None else _random_documents(path, seq_len)
         packed = _pack(documents, seq_len, (warmup + steps) * sequences)
-        np.savez(Path(temporary, "documents.npz"), **packed)
+        np.savez(Path(temporary, "documents.npz"), **packed)  # type: ignore[arg-type]
         settings = {"seq_len": seq_len, "sequences": sequences, "warmup": warmup, "steps": steps, "threads": threads}
         results = {loop: _in_own_process(loop, path, Path(temporary, "documents.npz"), settings) for loop in loops}
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-# bf16 parameters are updated in pieces of this many elements through fp32 temporaries (three of 4 bytes each).
+# bf16 parameters are updated in pieces of this many elements through fp32 temporaries (of 4 bytes each).
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -73,10 +73,9 @@ class AdamW:
             grad_norm: fp32 0-dim, global 2-norm before clipping.
             skipped: fp32 0-dim, 1 if the norm was not finite and nothing was changed, else 0.
         """
-        for name, parameter in self.parameters.items():
-            assert parameter.grad is not None, f"{name} has no gradient"
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        assert len(gradients) == len(self.parameters), f"no gradient: {self.parameters.keys() - gradients.keys()}"
+        norms = torch._foreach_norm(list(gradients.values()), 2, dtype=torch.float32)
         grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = 1.0 - torch.isfinite(grad_norm).float()
         # The fused kernel divides by grad_scale: 1 (exact) inside the limit, norm / limit beyond it.
@@ -89,14 +88,14 @@ class AdamW:
             weight_decay = self.config.weight_decay if decayed else 0.0
             if self.remainder:
                 for name in names:
-                    self._step_bf16(name, lr, weight_decay, grad_scale, skipped)
+                    self._step_bf16(name, gradients[name], lr, weight_decay, grad_scale, skipped)
             elif names:
                 self._fused(
                     [self.parameters[name] for name in names],
-                    [self.parameters[name].grad for name in names],
+                    [gradients[name] for name in names],
                     [self.exp_avg[name] for name in names],
                     [self.exp_avg_sq[name] for name in names],
-                    lr, weight_decay, grad_scale, skipped,
+                    *(lr, weight_decay, grad_scale, skipped),
                 )
         for parameter in self.parameters.values():
             parameter.grad = None  # freed, not zeroed: the next forward's activations take its place
@@ -105,15 +104,14 @@ class AdamW:
     def _is_decayed(self, parameter: Tensor) -> bool:
         return parameter.dim() >= 2 or self.config.decay_vectors
 
-    def _step_bf16(self, name: str, lr: float, weight_decay: float, grad_scale: Tensor, skipped: Tensor) -> None:
-        parameter = self.parameters[name]
-        assert parameter.grad is not None
-        flat = [parameter, self.remainder[name], parameter.grad, self.exp_avg[name], self.exp_avg_sq[name]]
+    def _step_bf16(
+        self, name: str, gradient: Tensor, lr: float, weight_decay: float, grad_scale: Tensor, skipped: Tensor
+    ) -> None:
+        flat = [self.parameters[name], self.remainder[name], gradient, self.exp_avg[name], self.exp_avg_sq[name]]
         pieces = [tensor.view(-1).split(_CHUNK_ELEMENTS) for tensor in flat]
-        for weight, remainder, gradient, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
+        for weight, remainder, slope, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
             master = join_master(weight, remainder)
-            gradient = gradient.to(torch.float32)
-            self._fused([master], [gradient], [exp_avg], [exp_avg_sq], lr, weight_decay, grad_scale, skipped)
+            self._fused([master], [slope.float()], [exp_avg], [exp_avg_sq], lr, weight_decay, grad_scale, skipped)
             split_master(master, weight, remainder)
 
     def _fused(

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,12 @@ class Trainer:
 
         with (
             contextlib.closing(self.metrics),
-            contextlib.closing(prefetch(self._remaining_steps())) as steps,
             self._display() as show,
             _stop_requests() as stop,
         ):
             if checkpoint is None:
                 self._validate()
-            for batches in steps:
+            for batches in prefetch(self._remaining_steps()):
                 started = time.perf_counter()
                 lr = learning_rate(recipe.schedule, self.step + 1, self.total_steps)
                 num_valid = sum(batch.num_valid for batch in batches)
@@ -253,19 +252,25 @@ class Trainer:
         self.engine.export(path, dtype=getattr(torch, dtype) if dtype else None, provenance=provenance)
 
     @contextlib.contextmanager
-    def _display(self) -> Iterator[Any]:
-        """A progress bar on a terminal, else one printed line per line of metrics: call with that line, or None."""
+    def _display(self) -> Iterator[Callable[[str | None], None]]:
+        """A progress bar on a terminal, else one printed line per line of metrics; call with that line, or None."""
+
+        def print_line(summary: str | None) -> None:
+            if summary is not None:
+                self.console.print(f"step {self.step}/{self.total_steps}  {summary}")
+
+        def move_bar(summary: str | None) -> None:
+            progress.update(bar, completed=self.step)
+            if summary is not None:
+                progress.update(bar, summary=summary)
+
         if not self.console.is_terminal:
-            yield lambda summary: summary and self.console.print(f"step {self.step}/{self.total_steps}  {summary}")
+            yield print_line
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[summary]}"))
         with Progress(*columns, console=self.console) as progress:
             bar = progress.add_task("train", total=self.total_steps, completed=self.step, summary="")
-
-            def show(summary: str | None) -> None:
-                progress.update(bar, completed=self.step, **({"summary": summary} if summary else {}))
-
-            yield show
+            yield move_bar
 
     # --- resume and end ---
 
