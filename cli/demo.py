@@ -68,7 +68,7 @@ class Settings:
 
 
 # Terms trained on by precision: chosen so that the whole demo takes about ten minutes on two cores either way.
-TRAIN_TERMS = {"bfloat16": 1100, "float32": 380}
+TRAIN_TERMS = {"bfloat16": 900, "float32": 320}
 
 
 def default_settings() -> Settings:

@@ -4,17 +4,16 @@ Input is flat: T tokens of N sequences end to end, no batch dimension, no paddin
 begins, `positions` [T] where each token stands in its own. Parameters keep Hugging Face's layouts; q|k|v and gate|up
 are concatenated by rows, so any row range can be sliced out again. Uses kernels, config, rope and cache only.
 
-Shape suffixes: T tokens, D hidden size, Q query heads, K key/value heads, H head size, V vocabulary, C all tokens of
-the sequences, cached and new; R some rows of T.
+Shape suffixes: T tokens, D hidden size, Q query heads, K key/value heads, H head size, S all heads of q, k and v,
+V vocabulary, C all tokens of the sequences, cached and new; R some rows of T.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, attention, rms_norm, rope, swiglu
+from ..kernels import add_rms_norm, attention, linear, rms_norm, rope, swiglu
 from .cache import KVCache
 from .config import ModelConfig
 from .rope import RopeTables
@@ -67,7 +66,8 @@ class Layer(nn.Module):
             x_TD, residual_TD = add_rms_norm(branch_TD, residual_TD, self.input_norm.weight, self.eps)
 
         # views of one buffer: nothing is copied until the rotation writes q and k
-        q_TQH, k_TKH, v_TKH = self.qkv(x_TD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+        qkv_TSH = linear(x_TD, self.qkv.weight, self.qkv.bias).unflatten(-1, (-1, self.head_dim))
+        q_TQH, k_TKH, v_TKH = qkv_TSH.split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TQH = rms_norm(q_TQH, self.q_norm.weight, self.eps)
             k_TKH = rms_norm(k_TKH, self.k_norm.weight, self.eps)
@@ -82,10 +82,10 @@ class Layer(nn.Module):
                 max_seqlen_k=cache.max_seqlen_k,
                 window=self.window,
             )
-        branch_TD = self.o(o_TQH.flatten(1))
+        branch_TD = linear(o_TQH.flatten(1), self.o.weight, self.o.bias)
 
         x_TD, residual_TD = add_rms_norm(branch_TD, residual_TD, self.post_norm.weight, self.eps)
-        return self.down(swiglu(self.gate_up(x_TD))), residual_TD
+        return linear(swiglu(linear(x_TD, self.gate_up.weight)), self.down.weight), residual_TD
 
 
 class Decoder(nn.Module):
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of some rows of `forward`'s result. Training and scoring do not need them: see
         `kernels.linear_cross_entropy`."""
-        return F.linear(hidden_RD, self.head_weight).float()
+        return linear(hidden_RD, self.head_weight).float()
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:

@@ -6,9 +6,19 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
-__all__ = ["add_rms_norm", "attention", "attention_backend", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_backend",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

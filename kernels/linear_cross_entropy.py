@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._op import compute_dtype, define_op
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
+from .linear import linear
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ def _lce_cpu(
         dz = torch.mm(x_c, weight.T, out=buffer[: len(rows_c)])
         nll.index_copy_(0, rows_c, _cross_entropy_cpu(dz, labels_c, scale))
         if need_dx:
-            dx.index_copy_(0, rows_c, torch.mm(dz, weight))
+            dx.index_copy_(0, rows_c, linear(dz, weight.T))
         if need_dw:
             _accumulate(dw, dz, x_c)
     return nll, dx, dw

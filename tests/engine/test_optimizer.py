@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from steep.engine import optimizer as optimizer_module
 from steep.engine.optimizer import AdamW, AdamWConfig, join_master, split_master
 
 
@@ -90,7 +91,7 @@ def test_nonfinite_gradient_changes_no_bit(dtype, bad):
 
 
 def test_bf16_with_remainder_is_fp32_adamw_bit_for_bit(monkeypatch):
-    monkeypatch.setattr("steep.engine.optimizer._CHUNK_ELEMENTS", 100)  # several pieces, the last one ragged
+    monkeypatch.setitem(optimizer_module._PIECE_ELEMENTS, "cpu", 100)  # several pieces, the last one ragged
     split = parameters(torch.bfloat16)
     masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in split.items()}
     config = AdamWConfig(weight_decay=0.1, max_grad_norm=0.5)

@@ -23,6 +23,7 @@ CALLS = {
     "rope": (*ROPE, True),
     "swiglu": (X,),
     "swiglu_backward": (X[:, :8], X),
+    "linear": (X, W, torch.randn(11)),
     "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
