@@ -54,7 +54,7 @@ class ExportConfig(_Section):
     (None: that of training)."""
 
     every: int | None = Field(default=None, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
 
 
 class LogConfig(_Section):

@@ -160,8 +160,12 @@ def test_second_interrupt_acts_at_once(root, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     after_step(monkeypatch, 2, interrupt_twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(parse_recipe(make_recipe(root)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_recipe(make_recipe(root)))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(root, reference, monkeypatch, capsys):
