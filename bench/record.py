@@ -13,6 +13,8 @@ from typing import Any
 
 from ..data.files import atomic_write, versions
 
+PEERS = ("transformers", "lm-eval", "mergekit", "flash-attn", "flash-attn-4", "liger-kernel")
+
 
 def record(benchmark: str, figures: dict[str, Any], out: str | Path | None = None) -> dict[str, Any]:
     """The record of one benchmark run as a dict, also published as JSON at `out` if given.
@@ -26,7 +28,7 @@ def record(benchmark: str, figures: dict[str, Any], out: str | Path | None = Non
         "command": " ".join(["steep", *sys.argv[1:]]),
         "commit": _commit(),
         "device": device(),
-        "versions": versions(),
+        "versions": versions(*PEERS),
         "figures": figures,
     }
     if out is not None:

@@ -211,10 +211,10 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
     return manifest
 
 
-def versions() -> dict[str, str]:
-    """Versions of what can change a result: Python, steep and its libraries, as installed. Imports none of them."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of what can change a result: Python, steep, its libraries and `others`. Imports none of them."""
     found = {"python": platform.python_version()}
-    for name in ("steep", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "gguf"):
+    for name in ("steep", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "gguf", *others):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
