@@ -187,6 +187,25 @@ def make_manifest(
     }
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is not JSON, or holds anything but an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: is a JSON {type(value).__name__}; allowed: an object")
+    return value
+
+
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """Publish `manifest.json` in a folder. In a folder built by `atomic_folder` it is written last."""
     atomic_write(Path(folder) / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -202,10 +221,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; the folder is not a finished artefact of steep")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    manifest = read_json(path)
     if kind is not None and manifest.get("kind") != kind:
         raise ValueError(f"{path}: kind is {manifest.get('kind')!r}, expected {kind!r}")
     return manifest

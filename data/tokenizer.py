@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .chat_template import render_chat_template
-from .files import sha256_json
+from .files import read_json, sha256_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -297,9 +297,9 @@ class _Settings:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "tokenizer_config.json")
+        self.config = _read_optional(folder / "tokenizer_config.json")
         self.special_tokens: dict[str, Any] = {}
-        for source in (_read_json(folder / "special_tokens_map.json"), self.config):
+        for source in (_read_optional(folder / "special_tokens_map.json"), self.config):
             for name, value in source.items():
                 if name.endswith("_token") and _content(value) is not None:
                     self.special_tokens[name] = _content(value)
@@ -316,7 +316,7 @@ class _Settings:
                 )
             return id
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(self.folder / name).get(f"{kind}_token_id")
+            value = _read_optional(self.folder / name).get(f"{kind}_token_id")
             if isinstance(value, list) and value:
                 value = value[0]
             if isinstance(value, int) and 0 <= value < backend.vocab_size:
@@ -326,7 +326,7 @@ class _Settings:
     @functools.cached_property
     def added_tokens(self) -> dict[str, int]:
         """Tokens that Hugging Face files add to a sentencepiece model."""
-        added = dict(_read_json(self.folder / "added_tokens.json"))
+        added = dict(_read_optional(self.folder / "added_tokens.json"))
         for id, token in self.config.get("added_tokens_decoder", {}).items():
             added[token["content"]] = int(id)
         return added
@@ -341,16 +341,9 @@ class _Settings:
         return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _read_optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a model folder may lack."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(value: Any) -> str | None:

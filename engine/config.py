@@ -7,13 +7,14 @@ every key that is not known at all: a wrong model that runs is worse than one th
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..data.files import read_json
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -132,7 +133,7 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has a config.json")
-        return cls.from_dict(read_json_object(path), source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> ModelConfig:
@@ -187,17 +188,6 @@ class ModelConfig:
             bos_token_id=given.token_ids("bos_token_id")[0] if "bos_token_id" in given.values else None,
             eos_token_ids=given.token_ids("eos_token_id"),
         )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError names the file if it holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: is a JSON {type(values).__name__}; allowed: an object")
-    return values
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ..data.files import read_json
 from .cache import KVCache
-from .config import ModelConfig, read_json_object
+from .config import ModelConfig
 from .model import Decoder
 
 
@@ -31,7 +32,7 @@ def stop_ids_of(folder: str | Path) -> tuple[int, ...]:
     `config.json`. Chat models often name more of them in the former (the end of a turn beside the end of a text)."""
     path = Path(folder) / "generation_config.json"
     if path.is_file():
-        eos = read_json_object(path).get("eos_token_id")
+        eos = read_json(path).get("eos_token_id")
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return ModelConfig.from_folder(folder).eos_token_ids

@@ -7,7 +7,6 @@ and tokenizer files.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..data.files import read_json
 from ..engine.safetensors_io import SafetensorsFolder
 from ..engine.weights import carried_files
 from .config import (
@@ -138,7 +138,7 @@ class _Planner:
         donor = base or listed[0]
         self.paths = list(dict.fromkeys(listed + ([base] if base else [])))
         self.folders = [SafetensorsFolder(path) for path in self.paths]
-        self.model_configs = [_read_json(path / "config.json") for path in self.paths]
+        self.model_configs = [read_json(path / "config.json") for path in self.paths]
         self._check_model_configs()
         self._raise()
 
@@ -480,24 +480,12 @@ def _carried(donor: Path, tokenizer_donor: Path) -> list[tuple[Path, Path]]:
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _vocabulary(model: Path) -> dict[str, int] | None:
     """{token: id} of a tokenizer.json; None where there is none to compare."""
     path = model / "tokenizer.json"
     if not path.is_file():
         return None
-    tokenizer = _read_json(path)
+    tokenizer = read_json(path)
     vocabulary = tokenizer.get("model", {}).get("vocab")
     if isinstance(vocabulary, list):  # unigram models list [token, score] by id
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}

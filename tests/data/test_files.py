@@ -138,6 +138,9 @@ def test_manifest_round_trip_and_errors(tmp_path: Path) -> None:
         read_manifest(tmp_path, "merge")
     with pytest.raises(FileNotFoundError, match="not a finished artefact"):
         read_manifest(tmp_path / "absent")
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="manifest.json: is a JSON list"):
+        read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_manifest(tmp_path)
