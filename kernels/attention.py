@@ -201,14 +201,14 @@ _DOCUMENTS = (
     "str backend"
 )
 
-_forward_op = define_op(
+_attention_op = define_op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, {_DOCUMENTS}) -> (Tensor, Tensor)",
     cpu=_attention_cpu,
     cuda=_attention_cuda,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=compute_dtype(q.dtype))),
 )
-_backward_op = define_op(
+_attention_backward_op = define_op(
     "attention_backward",
     f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_DOCUMENTS}) -> (Tensor, Tensor, Tensor)",
     cpu=_attention_backward_cpu,
@@ -221,14 +221,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
         ctx.args = (max_seqlen_q, max_seqlen_k, window, scale, backend)
-        o, lse = _forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.args)
+        o, lse = _attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.args)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do: torch.Tensor):
-        dq, dk, dv = _backward_op(do, *ctx.saved_tensors, *ctx.args)
+        dq, dk, dv = _attention_backward_op(do, *ctx.saved_tensors, *ctx.args)
         return dq, dk, dv, None, None, None, None, None, None, None
 
 

@@ -169,21 +169,21 @@ def _rstd_like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
 
 
-_forward_op = define_op(
+_rms_norm_op = define_op(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     cpu=_rms_norm_cpu,
     cuda=_rms_norm_triton,
     fake=lambda x, weight, eps: (x.new_empty(x.shape), _rstd_like(x)),
 )
-_add_forward_op = define_op(
+_add_rms_norm_op = define_op(
     "add_rms_norm",
     "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     cpu=_add_rms_norm_cpu,
     cuda=_add_rms_norm_triton,
     fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _rstd_like(x)),
 )
-_backward_op = define_op(
+_rms_norm_backward_op = define_op(
     "rms_norm_backward",
     "(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     cpu=_rms_norm_backward_cpu,
@@ -195,7 +195,7 @@ _backward_op = define_op(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, rstd = _forward_op(x, weight, eps)
+        y, rstd = _rms_norm_op(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -203,14 +203,14 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: torch.Tensor):
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = _backward_op(dy, None, x, weight, rstd)
+        dx, dw = _rms_norm_backward_op(dy, None, x, weight, rstd)
         return dx, dw, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
-        y, s, rstd = _add_forward_op(x, residual, weight, eps)
+        y, s, rstd = _add_rms_norm_op(x, residual, weight, eps)
         ctx.save_for_backward(s, weight, rstd)
         return y, s
 
@@ -218,7 +218,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: torch.Tensor, ds: torch.Tensor):
         s, weight, rstd = ctx.saved_tensors
-        dx, dw = _backward_op(dy, ds, s, weight, rstd)
+        dx, dw = _rms_norm_backward_op(dy, ds, s, weight, rstd)
         return dx, dx, dw, None
 
 

@@ -108,14 +108,14 @@ def _swiglu_backward_triton(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Te
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
-_forward_op = define_op(
+_swiglu_op = define_op(
     "swiglu",
     "(Tensor gate_up) -> Tensor",
     cpu=_swiglu_cpu,
     cuda=_swiglu_triton,
     fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
 )
-_backward_op = define_op(
+_swiglu_backward_op = define_op(
     "swiglu_backward",
     "(Tensor dh, Tensor gate_up) -> Tensor",
     cpu=_swiglu_backward_cpu,
@@ -128,13 +128,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
-        return _forward_op(gate_up)
+        return _swiglu_op(gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh: torch.Tensor):
         (gate_up,) = ctx.saved_tensors
-        return _backward_op(dh, gate_up)
+        return _swiglu_backward_op(dh, gate_up)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 import torch
 
+import steep.kernels
 from tests.kernels.kernel_checks import kernel_module
 
-_TRITON = {
-    "rms_norm": {
-        "_forward_op": "_rms_norm_triton",
-        "_add_forward_op": "_add_rms_norm_triton",
-        "_backward_op": "_rms_norm_backward_triton",
-    },
-    "rope": {"_rope_op": "_rope_triton"},
-    "swiglu": {"_forward_op": "_swiglu_triton", "_backward_op": "_swiglu_backward_triton"},
-    "linear_cross_entropy": {"_lce_op": "_lce_triton"},
-    "attention": {"_forward_op": "_attention_cuda", "_backward_op": "_attention_backward_cuda"},
-}
+
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the interpreted CUDA implementation behind every operator of steep.kernels: `_NAME_op` calls `_NAME_triton`
+    (or `_NAME_cuda`, where that function chooses between kernels) of the same module."""
+    for info in pkgutil.iter_modules(steep.kernels.__path__):
+        module = kernel_module(info.name)
+        for name in [name for name in vars(module) if name.endswith("_op") and name.startswith("_")]:
+            for suffix in ("_triton", "_cuda"):
+                if (function := getattr(module, name.removesuffix("_op") + suffix, None)) is not None:
+                    monkeypatch.setattr(module, name, function)
+    monkeypatch.setattr(kernel_module("attention"), "attention_backend", lambda device_type: "triton")
+    # Small tiles: several per document, as on a GPU, with documents that the interpreter gets through.
+    monkeypatch.setattr(kernel_module("attention_triton"), "tile_sizes", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
 
 
 @pytest.fixture(params=["cpu", "interpreter"])
 def path(request, monkeypatch):
     """Which implementation stands behind the public functions in this test."""
     if request.param == "interpreter":
-        for name, functions in _TRITON.items():
-            module = kernel_module(name)
-            for operator, function in functions.items():
-                monkeypatch.setattr(module, operator, getattr(module, function))
-        monkeypatch.setattr(kernel_module("attention"), "attention_backend", lambda device_type: "triton")
-        # Small tiles: several per document, as on a GPU, with documents that the interpreter gets through.
-        monkeypatch.setattr(
-            kernel_module("attention_triton"), "tile_sizes", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16}
-        )
+        use_triton(monkeypatch)
     return request.param
 
 
