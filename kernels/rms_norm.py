@@ -96,6 +96,14 @@ def _rms_norm_backward_recompute_cpu(
 
 
 @kernel
+def _round_hf(x, dtype: tl.constexpr, EXACT_HF: tl.constexpr, INTERPRET: tl.constexpr):
+    """fp32 `x`, rounded to `dtype` where transformers' eager code rounds and we need not."""
+    if EXACT_HF:
+        x = cast(x, dtype, INTERPRET).to(tl.float32)
+    return x
+
+
+@kernel
 def _forward_kernel(
     X, R, W, Y, S, RSTD, rows, x_stride, r_stride, eps,
     hidden: tl.constexpr, RESIDUAL: tl.constexpr, EXACT_HF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,14 +138,6 @@ def _forward_kernel(
         x_hat = _round_hf(x[c] * rstd, Y.dtype.element_ty, EXACT_HF, INTERPRET)
         y = cast(x_hat * w[c], Y.dtype.element_ty, INTERPRET)
         tl.store(Y + row * hidden + c * BLOCK + col, y, in_rows & (c * BLOCK + col < hidden))
-
-
-@kernel
-def _round_hf(x, dtype: tl.constexpr, EXACT_HF: tl.constexpr, INTERPRET: tl.constexpr):
-    """fp32 `x`, rounded to `dtype` where transformers' eager code rounds and we need not."""
-    if EXACT_HF:
-        x = cast(x, dtype, INTERPRET).to(tl.float32)
-    return x
 
 
 @kernel
@@ -350,18 +350,6 @@ def norm_forward(
     return _add_rms_norm_op(x, residual, weight, eps, exact_hf)
 
 
-def norm_backward_recompute(
-    dy: torch.Tensor,
-    ds: torch.Tensor | None,
-    s: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-    exact_hf: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of s, of weight); the contiguous `dy` [rows, H] is overwritten by y, bit for bit as in the forward."""
-    return _rms_norm_backward_recompute_op(dy, ds, s, weight, rstd, exact_hf)
-
-
 def norm_backward(
     dy: torch.Tensor,
     ds: torch.Tensor | None,
@@ -369,9 +357,12 @@ def norm_backward(
     weight: torch.Tensor,
     rstd: torch.Tensor,
     exact_hf: bool,
+    *,
+    recompute: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of s, of weight)."""
-    return _rms_norm_backward_op(dy, ds, s, weight, rstd, exact_hf)
+    """Gradients of s and of weight. recompute: contiguous `dy` [rows, H] is overwritten by y, bit for bit as it was."""
+    operator = _rms_norm_backward_recompute_op if recompute else _rms_norm_backward_op
+    return operator(dy, ds, s, weight, rstd, exact_hf)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -443,17 +434,20 @@ def add_rms_norm(
     return _AddRMSNorm.apply(x, residual, weight, eps, exact_hf)
 
 
-def check_norm(function: str, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+def check_norm(
+    function: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    weight_name: str = "weight",
+) -> None:
     """ValueError unless these are what the norm in `function` takes."""
-    check_tensor(f"{function}: x", x, dtype=float_dtypes(x))
+    # Triton computes in fp32, the reference in fp64 too.
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    check_tensor(f"{function}: x", x, dtype=dtypes if x.is_cuda else (*dtypes, torch.float64))
     if x.ndim == 0:
         raise ValueError(f"{function}: x is a scalar; expected [..., H]")
-    check_tensor(f"{function}: weight", weight, x.shape[-1:], dtype=(x.dtype, compute_dtype(x.dtype)), like=x)
+    check_tensor(f"{function}: {weight_name}", weight, x.shape[-1:], dtype=(x.dtype, compute_dtype(x.dtype)), like=x)
     if residual is not None:
         check_tensor(f"{function}: residual", residual, tuple(x.shape), like=x)
-
-
-def float_dtypes(x: torch.Tensor) -> tuple[torch.dtype, ...]:
-    """What the elementwise kernels take on x's device: Triton computes in fp32, the references in fp64 too."""
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    return dtypes if x.is_cuda else (*dtypes, torch.float64)
