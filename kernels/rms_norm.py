@@ -114,7 +114,9 @@ def _forward_kernel(
     col = tl.arange(0, BLOCK)[None, :]
     in_rows = (row < rows) | (BLOCK_ROWS == 1)
     row = row.to(tl.int64)
-    x, r, w = (), (), ()
+    x: tl.tuple = ()
+    r: tl.tuple = ()
+    w: tl.tuple = ()
     for c in tl.static_range(CHUNKS):  # all loads before the first store: they are in flight together
         mask = in_rows & (c * BLOCK + col < hidden)
         x += (tl.load(X + row * x_stride + c * BLOCK + col, mask, 0.0).to(tl.float32),)
@@ -123,7 +125,7 @@ def _forward_kernel(
         w += (tl.load(W + c * BLOCK + col, c * BLOCK + col < hidden, 0.0).to(tl.float32),)
     if RESIDUAL:
         # The sum is rounded before it is normalised: s is what the next layer adds to and what backward sees.
-        sums = ()
+        sums: tl.tuple = ()
         for c in tl.static_range(CHUNKS):
             s = cast(x[c] + r[c], S.dtype.element_ty, INTERPRET)
             tl.store(S + row * hidden + c * BLOCK + col, s, in_rows & (c * BLOCK + col < hidden))
@@ -149,7 +151,8 @@ def _backward_kernel(
     """A persistent program walks over tiles, copying the next STAGES - 1 to shared memory meanwhile, and keeps its part
     of dw in registers. RECOMPUTE: y takes the place of dy, from the same products as in the forward."""
     col = tl.arange(0, BLOCK)[None, :]
-    w, dw = (), ()
+    w: tl.tuple = ()
+    dw: tl.tuple = ()
     for c in tl.static_range(CHUNKS):
         w += (tl.load(W + c * BLOCK + col, c * BLOCK + col < hidden, 0.0).to(tl.float32),)
         dw += (tl.zeros((BLOCK_ROWS, BLOCK), tl.float32),)
@@ -158,7 +161,9 @@ def _backward_kernel(
         in_rows = (row < rows) | (BLOCK_ROWS == 1)
         row = row.to(tl.int64)
         rstd = tl.load(RSTD + row, in_rows, 0.0)
-        x_hat, m, dw_next = (), (), ()
+        x_hat: tl.tuple = ()
+        m: tl.tuple = ()
+        dw_next: tl.tuple = ()
         product = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
         for c in tl.static_range(CHUNKS):
             mask = in_rows & (c * BLOCK + col < hidden)
@@ -215,13 +220,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _launch_forward(x_RH, r_RH, weight, y, s, rstd, eps: float, **constexprs) -> None:
     rows, hidden = x_RH.shape
     tile = _tile(hidden)
+    grid = (cdiv(rows, tile["BLOCK_ROWS"]),)
     launch(
-        *(_forward_kernel, (cdiv(rows, tile["BLOCK_ROWS"]),), x_RH, r_RH, weight, y, s, rstd, rows),
-        *(x_RH.stride(0), r_RH.stride(0), eps),
-        hidden=hidden,
-        **constexprs,
-        **tile,
-    )
+        _forward_kernel, grid, x_RH, r_RH, weight, y, s, rstd, rows, x_RH.stride(0), r_RH.stride(0), eps,
+        hidden=hidden, **tile, **constexprs,
+    )  # fmt: skip
 
 
 def _rms_norm_triton(
@@ -259,25 +262,18 @@ def _launch_backward(dy_RH, ds, x, weight, rstd, **constexprs) -> tuple[torch.Te
     stages = 1 + min(3, _PREFETCH_BYTES // per_sm // tile_bytes)
     programs = max(1, min(persistent_programs(x, per_sm), cdiv(rows, tile["BLOCK_ROWS"])))
     dw_partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
+    strides = dy_RH.stride(0), ds_RH.stride(0), x_RH.stride(0)
     launch(
-        *(_backward_kernel, (programs,), dy_RH, ds_RH, x_RH, weight, rstd, dx, dw_partial, rows),
-        *(dy_RH.stride(0), ds_RH.stride(0), x_RH.stride(0), programs),
-        hidden=hidden,
-        RESIDUAL=ds is not None,
-        STAGES=stages,
-        **constexprs,
-        **tile,
-    )
+        _backward_kernel, (programs,), dy_RH, ds_RH, x_RH, weight, rstd, dx, dw_partial, rows, *strides, programs,
+        hidden=hidden, RESIDUAL=ds is not None, STAGES=stages, **tile, **constexprs,
+    )  # fmt: skip
     # The partial sums are added in a fixed order. torch's sum and cast would be two launches of a few microseconds
     # each, beside a kernel of a hundred.
     dw = torch.empty_like(weight)
-    block_rows = next_power_of_2(programs)
     launch(
-        *(_sum_rows_kernel, (cdiv(hidden, 32),), dw_partial, dw, programs, hidden),
-        BLOCK_ROWS=block_rows,
-        BLOCK=32,
-        num_warps=8,
-    )
+        _sum_rows_kernel, (cdiv(hidden, 32),), dw_partial, dw, programs, hidden,
+        BLOCK_ROWS=next_power_of_2(programs), BLOCK=32, num_warps=8,
+    )  # fmt: skip
     return dx, dw
 
 

@@ -74,7 +74,7 @@ def test_exact_hf_rounds_where_transformers_does(path):
 
 @pytest.mark.parametrize("exact_hf", [False, True])
 def test_more_than_2_31_elements(monkeypatch, exact_hf):
-    """The storage is address space, touched where the rows are; an int32 offset of the last would fall outside of it."""
+    """The storage is address space, touched where the rows are; an int32 offset of the last would fall outside."""
     use_triton(monkeypatch)
     apart = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((129, 64), (2**24, 1))
     apart.copy_(torch.randn(129, 64))
