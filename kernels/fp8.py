@@ -166,10 +166,9 @@ def _cast_kernel(
     tile_row = (tl.program_id(0) // (padded_columns // BLOCK)).to(tl.int64)
     tile_column = (tl.program_id(0) % (padded_columns // BLOCK)).to(tl.int64)
     first_row, first_column = tile_row * BLOCK, tile_column * BLOCK
-    row4, i = 4 * tl.arange(0, BLOCK // 4)[:, None], tl.arange(0, BLOCK)
+    row4, i = 4 * tl.arange(0, BLOCK // 4)[:, None].to(tl.int64), tl.arange(0, BLOCK).to(tl.int64)
     tile = X + first_row * stride + first_column + (row4 * stride + i[None, :])
-    left = tl.minimum(rows - first_row, BLOCK).to(tl.int32)
-    inside = i[None, :] < tl.minimum(columns - first_column, BLOCK).to(tl.int32)
+    left, inside = rows - first_row, i[None, :] < columns - first_column
     x0 = tl.load(tile, (row4 < left) & inside, 0.0)
     x1 = tl.load(tile + stride, (row4 + 1 < left) & inside, 0.0)
     x2 = tl.load(tile + 2 * stride, (row4 + 2 < left) & inside, 0.0)
@@ -180,46 +179,34 @@ def _cast_kernel(
 
     if SCALING == "128x128":
         scale, inverse = _scale(tl.max(tl.abs(x)), POWER_OF_TWO)
+        row_inverse = inverse
+        column_inverse = inverse
         if ROWS:
             tl.store(SCALE + tile_row * scale_stride + tile_column, scale)
         if COLUMNS:
             tl.store(SCALE_T + tile_column * scale_t_stride + tile_row, scale)
+    # One orientation after the other: with both in the air the tile takes more than 128 registers a thread, and only
+    # one block fits on an SM. The scale of a row is stored by each of its tiles, or ("rowwise") by the first.
     if ROWS:
-        if SCALING == "128x128":
-            row8 = cast_e4m3(x * inverse, INTERPRET)
-        else:
-            if SCALING == "1x128":
-                row_amax = tl.max(tl.abs(x), 1)
-            else:
-                row_amax = tl.load(ROW_AMAX + row)
+        if SCALING != "128x128":
+            row_amax = tl.max(tl.abs(x), 1) if SCALING == "1x128" else tl.load(ROW_AMAX + row)
             row_scale, row_inverse = _scale(row_amax, POWER_OF_TWO)
-            if SCALING == "1x128":
+            row_inverse = row_inverse[:, None, :]
+            if SCALING == "1x128" or tile_column == 0:
                 tl.store(SCALE + tile_column * padded_rows + row, row_scale)
-            elif tile_column == 0:
-                tl.store(SCALE + row, row_scale)
-            row8 = cast_e4m3(x * row_inverse[:, None, :], INTERPRET)
-        tl.store(
-            X8 + first_row * padded_columns + first_column + (i[:, None] * padded_columns + i[None, :]),
-            tl.reshape(tl.permute(row8, (0, 2, 1)), (BLOCK, BLOCK)),
-        )
+        x8 = tl.permute(cast_e4m3(x * row_inverse, INTERPRET), (0, 2, 1))
+        out = X8 + first_row * padded_columns + first_column + (i[:, None] * padded_columns + i[None, :])
+        tl.store(out, tl.reshape(x8, (BLOCK, BLOCK)))
     if COLUMNS:
-        if SCALING == "128x128":
-            column8 = cast_e4m3(x * inverse, INTERPRET)
-        else:
-            if SCALING == "1x128":
-                column_amax = tl.max(tl.max(tl.abs(x), 2), 0)
-            else:
-                column_amax = tl.load(COLUMN_AMAX + column)
+        if SCALING != "128x128":
+            column_amax = tl.max(tl.max(tl.abs(x), 2), 0) if SCALING == "1x128" else tl.load(COLUMN_AMAX + column)
             column_scale, column_inverse = _scale(column_amax, POWER_OF_TWO)
-            if SCALING == "1x128":
+            column_inverse = column_inverse[None, :, None]
+            if SCALING == "1x128" or tile_row == 0:
                 tl.store(SCALE_T + tile_row * padded_columns + column, column_scale)
-            elif tile_row == 0:
-                tl.store(SCALE_T + column, column_scale)
-            column8 = cast_e4m3(x * column_inverse[None, :, None], INTERPRET)
-        tl.store(
-            XT8 + first_column * padded_rows + first_row + (i[:, None] * padded_rows + i[None, :]),
-            tl.reshape(tl.permute(column8, (1, 0, 2)), (BLOCK, BLOCK)),
-        )
+        xt8 = tl.permute(cast_e4m3(x * column_inverse, INTERPRET), (1, 0, 2))
+        out_t = XT8 + first_column * padded_rows + first_row + (i[:, None] * padded_rows + i[None, :])
+        tl.store(out_t, tl.reshape(xt8, (BLOCK, BLOCK)))
 
 
 def _fp8_cast_triton(
@@ -236,9 +223,7 @@ def _fp8_cast_triton(
     if scaling == "rowwise":
         row_amax = x.new_empty(tiles_k, padded[0], dtype=torch.float32)
         column_amax = x.new_empty(tiles_t, padded[1], dtype=torch.float32)
-        launch(
-            _amax_kernel, grid, x, row_amax, column_amax, *x.shape, x.stride(0), *padded, BLOCK=BLOCK, num_warps=8
-        )
+        launch(_amax_kernel, grid, x, row_amax, column_amax, *x.shape, x.stride(0), *padded, BLOCK=BLOCK, num_warps=8)
         row_amax, column_amax = row_amax.amax(0), column_amax.amax(0)
     launch(
         _cast_kernel, grid, x, row_amax, column_amax, x8, scale, xt8, scale_t, *x.shape, x.stride(0), *padded,

@@ -56,7 +56,7 @@ def _mm_cublas(
         "128x128": F.ScalingType.BlockWise128x128,
     }
     # cuBLAS adds a bf16 bias before it rounds to bf16; to fp32 it adds none.
-    fused = bias is not None and dtype == torch.bfloat16
+    fused = bias.to(dtype) if bias is not None and dtype == torch.bfloat16 else None
     y = F.scaled_mm(
         a8,
         b8.t(),
@@ -64,11 +64,11 @@ def _mm_cublas(
         kinds["rowwise" if scaling == "rowwise" else "1x128"],
         scale_b if scaling == "1x128" else scale_b.t(),
         kinds[scaling],
-        bias=bias.to(dtype) if fused else None,
+        bias=fused,
         output_dtype=dtype,
         use_fast_accum=fast_accum,
     )
-    return y if fused or bias is None else y.add_(bias)
+    return y if bias is None or fused is not None else y.add_(bias)
 
 
 _fp8_mm_op = define_op(
@@ -134,10 +134,11 @@ def fp8_linear(
 
     x, weight and bias in bf16 or fp32, each with a dtype of its own; sizes need not be multiples of anything (they are
     padded to multiples of 128; at those nothing is copied). dx comes in x's dtype, dW in weight's, from fp32 sums.
-    recipe: "blockwise" is the more accurate by far where activations have outliers, for they cost only their own group
-        of 128 its precision; GPUs of compute capability 9.0 (H100, H200) with CUDA 12.9 and up. "rowwise": 8.9 and up.
-    fast_accum: let the forward ("rowwise" only) add up in the tensor cores' own 22 bits or so without moving to fp32
-        on the way: faster, less exact. The gradients never do.
+    recipe: "blockwise" casts in one read, and an outlier can take precision from its own group of 128 only; compute
+        capability 9.0 (H100, H200) with torch for CUDA 12.9 or later. "rowwise": capability 8.9 and up. The two are
+        equally exact as long as the largest element of a row is below 2^14 times the typical one.
+    fast_accum: let the forward ("rowwise" only) add up inside the tensor cores, with fewer bits than fp32, without
+        moving sums to fp32 registers on the way: faster, less exact. The gradients never do.
 
     Raises:
         ValueError: naming the argument that is wrong, or what the GPU lacks.
@@ -153,7 +154,7 @@ def fp8_linear(
     check_tensor("fp8_linear: weight", weight, (None, x.shape[-1]), dtype=dtypes, like=x)
     if bias is not None:
         check_tensor("fp8_linear: bias", bias, (weight.shape[0],), dtype=dtypes, like=x)
-    if x.is_cuda:
+    if x.is_cuda and not torch.compiler.is_compiling():  # a compiled call leaves it to torch to refuse
         _check_device(x.device, recipe)
     need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     y = _FP8Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, recipe, fast_accum, need_dx, need_dw)
