@@ -92,9 +92,9 @@ class _FP8Linear(torch.autograd.Function):
         ctx.save_for_backward(xt8, scale_t, weight if need_dx else None)
         ctx.recipe, ctx.shape, ctx.dtypes = recipe, weight.shape, (x.dtype, weight.dtype)
         if bias is not None:
-            bias = F.pad(bias, (0, len(w8) - len(bias)))
+            bias = F.pad(bias, (0, w8.shape[0] - bias.shape[0]))
         y = _fp8_mm_op(x8, scale, w8, scale_w, bias, x.dtype, scaling_w, fast_accum)
-        return _unpadded(y, len(x), len(weight))
+        return _unpadded(y, x.shape[0], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -107,7 +107,7 @@ class _FP8Linear(torch.autograd.Function):
         if need_dx:
             _, _, wt8, scale_w = fp8_cast(weight, scaling_w, rows=False)
             dx = _fp8_mm_op(dy8, scale, wt8, scale_w, None, ctx.dtypes[0], scaling_w, False)
-            dx = _unpadded(dx, len(dy), ctx.shape[1])
+            dx = _unpadded(dx, dy.shape[0], ctx.shape[1])
         if need_dw:
             dw = _fp8_mm_op(dyt8, scale_t, xt8, x_scale, None, ctx.dtypes[1], scaling_x, False)
             dw = _unpadded(dw, *ctx.shape)

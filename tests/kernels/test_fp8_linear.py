@@ -12,7 +12,7 @@ from torch.library import opcheck
 from steep.kernels import fp8_linear
 from steep.kernels.fp8 import fp8_cast
 from steep.kernels.fp8_linear import _check_device, _mm_cublas, _mm_emulated
-from tests.kernels.kernel_checks import errors, gradients
+from tests.kernels.kernel_checks import errors, gradients, kernel_module
 
 RECIPES = ["blockwise", "rowwise"]
 RMS = 2**0.5 * 0.0266
@@ -103,6 +103,7 @@ def test_what_is_saved_is_half_of_x_and_the_weight_itself(recipe):
         own = [t for t in saved if t.data_ptr() != w.data_ptr()]
         assert sum(t.nbytes for t in own) <= x.nbytes / 2 * (1 + 4 / 128)
         assert (len(saved) > len(own)) == need_dx
+    assert sum(t.nbytes for t in saved_by(lambda: fp8_linear(x, w.detach(), recipe=recipe))) == w.nbytes
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -130,6 +131,9 @@ def test_no_tokens(path, recipe):
     assert dx.shape == (0, 24)
     assert torch.equal(dw, torch.zeros(8, 24))
 
+    _, _, xt8, scale_t = fp8_cast(x.detach(), "rowwise")
+    assert torch.equal(_mm_cublas(xt8, scale_t, xt8, scale_t, None, y.dtype, "rowwise", False), torch.zeros(128, 128))
+
 
 def test_torch_multiplies_the_same_operands_to_the_same_result():
     x8, scale, _, _ = fp8_cast(torch.randn(70, 200), "rowwise")
@@ -156,12 +160,21 @@ def test_operands_are_laid_out_as_scaled_mm_demands(shape):
                 _mm_cublas(a[0].to("meta"), wrong, *(t.to("meta") for t in b), None, torch.bfloat16, scaling, False)
 
 
+def test_only_the_forward_accumulates_fast(monkeypatch):
+    module, flags = kernel_module("fp8_linear"), []
+    real = module._fp8_mm_op
+    monkeypatch.setattr(module, "_fp8_mm_op", lambda *args: flags.append(args[-1]) or real(*args))
+    x, w = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    fp8_linear(x, w, recipe="rowwise", fast_accum=True).sum().backward()
+    assert flags == [True, False, False]
+
+
 def test_opcheck():
     x8, scale, _, _ = fp8_cast(torch.randn(6, 16), "1x128")
     w8, scale_w, _, _ = fp8_cast(torch.randn(11, 16), "128x128")
     args = x8, scale, w8, scale_w, torch.randn(128), torch.bfloat16, "128x128", False
     # Not test_schema: it does arithmetic on arguments, and e4m3 has none.
-    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(torch.ops.steep.fp8_mm.default, args, test_utils=checks)
 
 
