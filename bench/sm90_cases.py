@@ -26,6 +26,7 @@ def cases() -> Iterator[Case]:
     yield from swiglu()
     yield from linear_cross_entropy()
     yield from attention()
+    yield from fp8()
 
 
 def rms_norm() -> Iterator[Case]:
@@ -88,3 +89,15 @@ def attention() -> Iterator[Case]:
         ):
             needs = dict.fromkeys(kernels, tensor_cores)
             yield Case(f"{function} {label}", "attention_triton", function, args, needs)
+
+
+def fp8() -> Iterator[Case]:
+    amax, cast = {"_amax_kernel": ("ld_v4",)}, {"_cast_kernel": (*WIDE, "cvt_e4m3")}
+    for scaling, rows, columns, needs in (
+        ("1x128", True, True, cast),
+        ("128x128", True, False, cast),
+        ("128x128", False, True, cast),
+        ("rowwise", True, True, amax | cast),
+    ):
+        args = (meta(64, HIDDEN[0]), scaling, rows, columns, False)
+        yield Case(f"fp8 cast {scaling} rows={rows} columns={columns}", "fp8", "_fp8_cast_triton", args, needs)

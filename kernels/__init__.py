@@ -6,6 +6,8 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .fp8 import cast_blockwise, cast_rowwise
+from .fp8_linear import fp8_linear
 from .fused_linear import rms_norm_linear, swiglu_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -17,6 +19,9 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_backend",
+    "cast_blockwise",
+    "cast_rowwise",
+    "fp8_linear",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

@@ -27,6 +27,7 @@ CALLS = {
     "swiglu_backward_recompute": (torch.randn(T, 8), X, False),
     "linear": (X, W, torch.randn(11)),
     "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
+    "fp8_cast": (X, "1x128", True, True, False),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
