@@ -51,9 +51,7 @@ def swiglu() -> Iterator[Case]:
         h, gate_up = meta(64, width), meta(64, 2 * width)
         yield Case(f"swiglu I={width}", "swiglu", "_swiglu_triton", (gate_up,), {"_forward_kernel": WIDE})
         args = (h, gate_up)
-        yield Case(
-            f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE}
-        )
+        yield Case(f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE})
 
 
 def linear_cross_entropy() -> Iterator[Case]:
