@@ -86,6 +86,7 @@ def plot(record: dict[str, Any], out: str | Path) -> None:
             y += 1
         y += 0.8
     axes.set_yticks(ticks, labels, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("per cent of the copy bandwidth or matmul rate measured in the same run")
     axes.spines[["top", "right"]].set_visible(False)
