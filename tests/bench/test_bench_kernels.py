@@ -1,4 +1,4 @@
-"""`steep bench kernels`: the cases are right at any size, the figures belong together, the README follows the record."""
+"""`steep bench kernels`: the cases are right at any size, figures belong together, the README follows the record."""
 
 import json
 
