@@ -29,14 +29,18 @@ def cases() -> Iterator[Case]:
 
 
 def rms_norm() -> Iterator[Case]:
-    for hidden in HIDDEN:
+    forward, backward = {"_forward_kernel": WIDE}, {"_backward_kernel": ("cp_async", "st_v4")}
+    for hidden in (128, *HIDDEN):  # 128: q and k of Qwen3
         x, weight, rstd = meta(64, hidden), meta(hidden), meta(64, dtype=FP32)
         for function, args, needs in (
-            ("_rms_norm_triton", (x, weight, 1e-5), {"_forward_kernel": WIDE}),
-            ("_add_rms_norm_triton", (x, x, weight, 1e-5), {"_forward_kernel": WIDE}),
-            ("_rms_norm_backward_triton", (x, x, x, weight, rstd), {"_backward_kernel": ("cp_async",)}),
+            ("_rms_norm_triton", (x, weight, 1e-5, False), forward),
+            ("_add_rms_norm_triton", (x, x, weight, 1e-5, False), forward),
+            ("_rms_norm_backward_triton", (x, None, x, weight, rstd, False), backward),
+            ("_rms_norm_backward_triton", (x, x, x, weight, rstd, False), backward),
+            ("_rms_norm_backward_recompute_triton", (x, x, x, weight, rstd, False), backward),
         ):
-            yield Case(f"rms_norm {function} H={hidden}", "rms_norm", function, args, needs)
+            residual = " residual" if "backward" in function and args[1] is not None else ""
+            yield Case(f"rms_norm {function}{residual} H={hidden}", "rms_norm", function, args, needs)
 
 
 def rope() -> Iterator[Case]:
@@ -49,9 +53,12 @@ def rope() -> Iterator[Case]:
 def swiglu() -> Iterator[Case]:
     for width in INTERMEDIATE.values():
         h, gate_up = meta(64, width), meta(64, 2 * width)
-        yield Case(f"swiglu I={width}", "swiglu", "_swiglu_triton", (gate_up,), {"_forward_kernel": WIDE})
-        args = (h, gate_up)
-        yield Case(f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE})
+        for function, args, kernel in (
+            ("_swiglu_triton", (gate_up, False), "_forward_kernel"),
+            ("_swiglu_backward_triton", (h, gate_up, False), "_backward_kernel"),
+            ("_swiglu_backward_recompute_triton", (h, gate_up, False), "_backward_kernel"),
+        ):
+            yield Case(f"swiglu {function} I={width}", "swiglu", function, args, {kernel: WIDE})
 
 
 def linear_cross_entropy() -> Iterator[Case]:

@@ -6,6 +6,7 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .fused_linear import rms_norm_linear, swiglu_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
@@ -19,6 +20,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "rms_norm",
+    "rms_norm_linear",
     "rope",
     "swiglu",
+    "swiglu_linear",
 ]

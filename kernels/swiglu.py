@@ -3,9 +3,9 @@
     h = silu(gate) * up,  silu(g) = g * s,  s = sigmoid(g)
     d_up = dh * silu(g)          d_gate = dh * up * s * (1 + g * (1 - s))
 
-Floor (bf16, n = T * I): forward reads 2n and writes n elements, 6n bytes; backward reads 3n and writes 2n, 10n bytes.
-Saved: gate_up only; sigmoid is recomputed.
-Source: Shazeer 2020, arXiv:2002.05202; arithmetic in fp32, rounded once.
+Floor (bf16, n = T * I): forward reads 2n and writes n elements, 6n bytes; backward reads 3n and writes 2n, 10n bytes
+(12n where it writes h again). Saved: gate_up only; sigmoid is recomputed. Source: Shazeer 2020, arXiv:2002.05202;
+arithmetic in fp32, rounded once, or where transformers' LlamaMLP rounds.
 May touch: torch, triton.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op
 from ._triton import cast, cdiv, kernel, launch, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
@@ -34,114 +34,198 @@ def _blocks(gate_up: torch.Tensor, other: torch.Tensor, out: torch.Tensor):
         yield *block.to(acc).chunk(2, dim=1), other_block.to(acc), target, out_block
 
 
-def _swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+def _activate(gate: torch.Tensor, act: torch.Tensor, dtype: torch.dtype, exact_hf: bool) -> torch.Tensor:
+    """act = silu(gate), rounded to `dtype` as transformers does if asked to."""
+    torch.ops.aten.silu.out(gate, out=act)
+    return act.copy_(act.to(dtype)) if exact_hf else act
+
+
+def _swiglu_cpu(gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
     h = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     for gate, up, _, target, out in _blocks(gate_up, gate_up[:, :0], h):
-        torch.ops.aten.silu.out(gate, out=target).mul_(up)
+        _activate(gate, target, h.dtype, exact_hf).mul_(up)
         if target is not out:
             out.copy_(target)
     return h
 
 
-def _swiglu_backward_cpu(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def _swiglu_backward_cpu(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype)
     for gate, up, dh_block, target, out in _blocks(gate_up, dh, d_gate_up):
         d_gate, d_up = target.chunk(2, dim=1)
         torch.mul(dh_block, up, out=d_gate)
+        if exact_hf:
+            d_gate.copy_(d_gate.to(gate_up.dtype))
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        torch.ops.aten.silu.out(gate, out=d_up).mul_(dh_block)
+        _activate(gate, d_up, gate_up.dtype, exact_hf).mul_(dh_block)
         if target is not out:
             out.copy_(target)
     return d_gate_up
 
 
+def _swiglu_backward_recompute_cpu(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
+    d_gate_up = _swiglu_backward_cpu(dh, gate_up, exact_hf)
+    dh.copy_(_swiglu_cpu(gate_up, exact_hf))
+    return d_gate_up
+
+
 # --- Triton ----------------------------------------------------------------------------------------------------------
+# Programs go through a row's blocks first, then to the next row: those that run together touch neighbouring memory,
+# and a grid of one dimension has room for 2^31 of them.
 
 _BLOCK = 1024
 
 
 @kernel
-def _forward_kernel(GATE_UP, H, width, stride, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _forward_kernel(
+    GATE_UP, H, stride, width: tl.constexpr, EXACT_HF: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    blocks: tl.constexpr = (width + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     gate = tl.load(GATE_UP + row * stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(GATE_UP + row * stride + width + col, mask, 0.0).to(tl.float32)
-    tl.store(H + row * width + col, cast(gate * tl.sigmoid(gate) * up, H.dtype.element_ty, INTERPRET), mask)
+    act = gate * tl.sigmoid(gate)
+    if EXACT_HF:
+        act = cast(act, H.dtype.element_ty, INTERPRET).to(tl.float32)
+    tl.store(H + row * width + col, cast(act * up, H.dtype.element_ty, INTERPRET), mask)
 
 
 @kernel
-def _backward_kernel(DH, GATE_UP, D_GATE_UP, width, dh_stride, stride, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _backward_kernel(
+    DH, GATE_UP, D_GATE_UP, dh_stride, stride, width: tl.constexpr,
+    RECOMPUTE: tl.constexpr, EXACT_HF: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """RECOMPUTE: h takes the place of dh, from the same products as in the forward."""
+    dtype: tl.constexpr = D_GATE_UP.dtype.element_ty
+    blocks: tl.constexpr = (width + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     dh = tl.load(DH + row * dh_stride + col, mask, 0.0).to(tl.float32)
     gate = tl.load(GATE_UP + row * stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(GATE_UP + row * stride + width + col, mask, 0.0).to(tl.float32)
     s = tl.sigmoid(gate)
-    d_gate = dh * up * s * (1.0 + gate * (1.0 - s))
+    act, d_act = gate * s, dh * up
+    if EXACT_HF:
+        act = cast(act, dtype, INTERPRET).to(tl.float32)
+        d_act = cast(d_act, dtype, INTERPRET).to(tl.float32)
+    d_gate = d_act * s * (1.0 + gate * (1.0 - s))
     out = D_GATE_UP + row * (2 * width) + col
-    tl.store(out, cast(d_gate, D_GATE_UP.dtype.element_ty, INTERPRET), mask)
-    tl.store(out + width, cast(dh * gate * s, D_GATE_UP.dtype.element_ty, INTERPRET), mask)
+    tl.store(out, cast(d_gate, dtype, INTERPRET), mask)
+    tl.store(out + width, cast(dh * act, dtype, INTERPRET), mask)
+    if RECOMPUTE:
+        tl.store(DH + row * dh_stride + col, cast(act * up, DH.dtype.element_ty, INTERPRET), mask)
 
 
 def _unit_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _swiglu_triton(gate_up: torch.Tensor) -> torch.Tensor:
+def _swiglu_triton(gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
     gate_up = _unit_rows(gate_up)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     h = gate_up.new_empty(tokens, width)
-    launch(_forward_kernel, (tokens, cdiv(width, _BLOCK)), gate_up, h, width, gate_up.stride(0), BLOCK=_BLOCK)
+    grid = (tokens * cdiv(width, _BLOCK),)
+    launch(_forward_kernel, grid, gate_up, h, gate_up.stride(0), width=width, EXACT_HF=exact_hf, BLOCK=_BLOCK)
     return h
 
 
-def _swiglu_backward_triton(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    dh, gate_up = _unit_rows(dh), _unit_rows(gate_up)
+def _launch_backward(dh: torch.Tensor, gate_up: torch.Tensor, **constexprs) -> torch.Tensor:
+    gate_up = _unit_rows(gate_up)
     tokens, width = dh.shape
     out = gate_up.new_empty(gate_up.shape)
+    grid = (tokens * cdiv(width, _BLOCK),)
     strides = dh.stride(0), gate_up.stride(0)
-    launch(_backward_kernel, (tokens, cdiv(width, _BLOCK)), dh, gate_up, out, width, *strides, BLOCK=_BLOCK)
+    launch(_backward_kernel, grid, dh, gate_up, out, *strides, width=width, BLOCK=_BLOCK, **constexprs)
     return out
+
+
+def _swiglu_backward_triton(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
+    return _launch_backward(_unit_rows(dh), gate_up, RECOMPUTE=False, EXACT_HF=exact_hf)
+
+
+def _swiglu_backward_recompute_triton(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
+    return _launch_backward(dh, gate_up, RECOMPUTE=True, EXACT_HF=exact_hf)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 _swiglu_op = define_op(
     "swiglu",
-    "(Tensor gate_up) -> Tensor",
+    "(Tensor gate_up, bool exact_hf) -> Tensor",
     cpu=_swiglu_cpu,
     cuda=_swiglu_triton,
-    fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    fake=lambda gate_up, exact_hf: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
 )
 _swiglu_backward_op = define_op(
     "swiglu_backward",
-    "(Tensor dh, Tensor gate_up) -> Tensor",
+    "(Tensor dh, Tensor gate_up, bool exact_hf) -> Tensor",
     cpu=_swiglu_backward_cpu,
     cuda=_swiglu_backward_triton,
-    fake=lambda dh, gate_up: gate_up.new_empty(gate_up.shape),
+    fake=lambda dh, gate_up, exact_hf: gate_up.new_empty(gate_up.shape),
 )
+_swiglu_backward_recompute_op = define_op(
+    "swiglu_backward_recompute",
+    "(Tensor(a!) dh, Tensor gate_up, bool exact_hf) -> Tensor",
+    cpu=_swiglu_backward_recompute_cpu,
+    cuda=_swiglu_backward_recompute_triton,
+    fake=lambda dh, gate_up, exact_hf: gate_up.new_empty(gate_up.shape),
+)
+
+
+def swiglu_forward(gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
+    """h, without autograd."""
+    return _swiglu_op(gate_up, exact_hf)
+
+
+def swiglu_backward(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool, *, recompute: bool) -> torch.Tensor:
+    """Gradient of gate_up. recompute: the contiguous `dh` is overwritten by h, bit for bit as in the forward."""
+    operator = _swiglu_backward_recompute_op if recompute else _swiglu_backward_op
+    return operator(dh, gate_up, exact_hf)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
-        return _swiglu_op(gate_up)
+        ctx.exact_hf = exact_hf
+        return _swiglu_op(gate_up, exact_hf)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh: torch.Tensor):
         (gate_up,) = ctx.saved_tensors
-        return _swiglu_backward_op(dh, gate_up)
+        return _swiglu_backward_op(dh, gate_up, ctx.exact_hf), None
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """h = silu(gate) * up. gate_up [T, 2I] = [gate | up] -> h [T, I], same dtype; arithmetic in fp32, rounded once."""
-    if gate_up.ndim != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"swiglu: gate_up has shape {tuple(gate_up.shape)}; expected [T, 2I]")
-    return _SwiGLU.apply(gate_up)
+def swiglu(gate_up: torch.Tensor, *, exact_hf: bool = False) -> torch.Tensor:
+    """h = silu(gate) * up; arithmetic in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        gate_up: [T, 2I] = [gate | up] in bf16, fp16 or fp32; on a CPU in fp64 too.
+        exact_hf: round where transformers' LlamaMLP does instead of once: silu(gate) before it is multiplied by up; in
+            backward also dh * up.
+
+    Returns:
+        h [T, I], dtype of gate_up.
+
+    Raises:
+        ValueError: gate_up of another dtype or shape.
+    """
+    check_gate_up("swiglu", gate_up)
+    return _SwiGLU.apply(gate_up, exact_hf)
+
+
+def check_gate_up(function: str, gate_up: torch.Tensor) -> None:
+    """ValueError unless gate_up is what SwiGLU in `function` takes."""
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    check_tensor(
+        f"{function}: gate_up", gate_up, (None, None), dtype=dtypes if gate_up.is_cuda else (*dtypes, torch.float64)
+    )
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"{function}: gate_up has shape {tuple(gate_up.shape)}; expected [T, 2I]")

@@ -18,36 +18,13 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-Scalar = bool | int | float
-
-# What each method reads: parameters of the merge as a whole, and parameters of each input model.
-SHARED_PARAMETERS: dict[str, dict[str, Scalar | None]] = {
-    "linear": {"normalize": True},
-    "slerp": {"t": None},
-    "task_arithmetic": {"normalize": False, "lambda": 1.0, "int8_mask": False},
-    "ties": {"normalize": True, "lambda": 1.0, "int8_mask": False, "rescale": False},
-}
-MODEL_PARAMETERS: dict[str, dict[str, Scalar | None]] = {
-    "linear": {"weight": None},
-    "slerp": {},
-    "task_arithmetic": {"weight": None},
-    "ties": {"weight": None, "density": 1.0},
-}
-METHODS = tuple(SHARED_PARAMETERS)
-BOOLEAN_PARAMETERS = {"normalize", "int8_mask", "rescale"}
-NEEDS_BASE = {"slerp", "task_arithmetic", "ties"}
-
-METHODS_NOT_YET = (
-    *("nuslerp", "multislerp", "karcher", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della"),
-    *("della_linear", "model_stock", "nearswap", "sce", "ram", "ramplus_tl", "arcee_fusion", "passthrough"),
-)
-PARAMETERS_OF_OTHER_METHODS = (
-    *("gamma", "epsilon", "select_topk", "eps", "max_iter", "tol", "filter_wise", "nuslerp_flatten"),
-    *("nuslerp_row_wise", "normalize_weights", "scale", "r", "alpha"),
-)
-KNOWN_PARAMETERS = sorted(
-    {name for table in (SHARED_PARAMETERS, MODEL_PARAMETERS) for names in table.values() for name in names}
-    | set(PARAMETERS_OF_OTHER_METHODS)
+from .method_table import (
+    BOOLEAN_PARAMETERS,
+    KNOWN_PARAMETERS,
+    METHODS,
+    METHODS_NOT_YET,
+    PARAMETERS_OF_OTHER_METHODS,
+    Scalar,
 )
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -244,7 +221,7 @@ class MergeConfig(_Section):
     def _one_form(self) -> MergeConfig:
         if bool(self.models) == bool(self.slices):
             raise ValueError("exactly one of 'models' and 'slices' must be given, and not empty")
-        if self.merge_method in NEEDS_BASE and self.base_model is None:
+        if METHODS[self.merge_method].base == "required" and self.base_model is None:
             raise ValueError(f"base_model: required by {self.merge_method}")
         if self.tokenizer_source == "base" and self.base_model is None:
             raise ValueError("tokenizer_source: 'base' needs a base_model")
@@ -318,6 +295,4 @@ def resolve_model_path(model: str, folder: Path | None) -> Path:
             return candidate.resolve()
     hint = "; adapters ('model+adapter') are not supported yet" if "+" in model else ""
     looked_at = ", ".join(map(str, candidates))
-    raise FileNotFoundError(
-        f"model {model!r}: no such folder (looked at {looked_at}); models are not downloaded{hint}"
-    )
+    raise FileNotFoundError(f"model {model!r}: no such folder (looked at {looked_at}); models are not downloaded{hint}")

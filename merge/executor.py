@@ -30,22 +30,13 @@ from ..data.files import MANIFEST, atomic_folder, atomic_write, check_absent, ha
 from ..engine.safetensors_io import SafetensorsFolder, SafetensorsWriter
 from ..engine.weights import carried_files, write_model_manifest
 from .config import parse_config, read_yaml
-from .methods import (
-    PARALLEL_COSINE,
-    ROW,
-    LargestK,
-    linear,
-    partial_sums,
-    slerp_apply,
-    slerp_weights,
-    task_arithmetic,
-    ties_consensus,
-)
+from .method_table import METHODS
+from .methods import PARALLEL_COSINE, ROW, partial_sums
 from .plan import MergePlan, TensorPlan, plan_merge
+from .tensor_merge import Subject, Sums, TensorMerge
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 MAX_WORKERS = 8
-Sums = dict[tuple[int, int], float]  # dot products of a tensor's vectors, by their positions
 
 
 def merge(
@@ -158,74 +149,80 @@ def _merge_tensor(
     plan: MergePlan, tensor: TensorPlan, writer: SafetensorsWriter, device: torch.device, chunk: int
 ) -> tuple[dict[str, Any], Sums]:
     """Look at the whole tensor as often as its method needs, then merge, round, hash and write it chunk by chunk."""
-    reader = _Reader(plan, tensor, device, chunk)
-    parameters = tensor.parameters
+    if tensor.operation == "equal":
+        method: TensorMerge = _Equal(_subject(plan, tensor, device))
+    else:
+        method = METHODS[tensor.operation].carry_out(_subject(plan, tensor, device))
+    reader = _Reader(plan, tensor, method, device, chunk)
     known: Sums = {}
-    if tensor.operation == "slerp":
-        known = _dot_products(reader)
-        dot, norm_a, norm_b = known[0, 1], math.sqrt(known[0, 0]), math.sqrt(known[1, 1])
-        if not all(map(math.isfinite, (dot, norm_a, norm_b))):
-            raise ValueError(f"{tensor.name}: values too large for a dot product in float32")
-        weight_a, weight_b, _ = slerp_weights(dot, norm_a, norm_b, parameters["t"])
-    elif tensor.operation == "ties":
-        largest = [LargestK(tensor.numel, density, device) for density in parameters["density"]]
-        for _ in range(max(selection.passes for selection in largest)):
-            counting = [(index, selection) for index, selection in enumerate(largest) if selection.passes]
-            for _, vectors in reader:
-                for index, selection in counting:
-                    selection.count(vectors[1 + index])
-            for _, selection in counting:
-                selection.end_pass()
+    for number in range(method.looks):
+        parts: dict[tuple[int, int], list[float]] = {pair: [] for pair in reader.pairs}
+        for lo, vectors in reader:
+            if not number:
+                reader.add_products(vectors, parts)
+            method.look(number, lo, vectors)
+        known = known or {pair: math.fsum(values) for pair, values in parts.items()}
+        method.end_look(number, known)
 
-    sums: dict[tuple[int, int], list[float]] = {pair: [] for pair in reader.pairs}
+    parts = {pair: [] for pair in reader.pairs}
     digest = hashlib.sha256()
     for lo, vectors in reader:
         if not known:
-            reader.add_products(vectors, sums)
-        match tensor.operation:
-            case "linear":
-                merged = linear(vectors, parameters["weight"], parameters["normalize"])
-            case "slerp":
-                merged = slerp_apply(vectors[0], vectors[1], weight_a, weight_b)
-            case "task_arithmetic":
-                merged = task_arithmetic(
-                    vectors[0], vectors[1:], parameters["weight"], parameters["normalize"], parameters["lambda"]
-                )
-            case "ties":
-                trimmed = [selection.keep(delta) for selection, delta in zip(largest, vectors[1:])]
-                merged = ties_consensus(
-                    vectors[0], trimmed, parameters["weight"], parameters["normalize"], parameters["lambda"]
-                )
-            case "equal":
-                merged = _the_one(tensor, vectors)
+            reader.add_products(vectors, parts)
+        merged = method.merge(lo, vectors)
         rounded = merged.to(tensor.dtype).cpu()
         if tensor.dtype.is_floating_point and not _all_finite(rounded):
             raise ValueError(f"{tensor.name}: the result has values that {tensor.dtype} cannot hold")
         digest.update(rounded.view(torch.uint8).numpy().data)
         writer.write_range(tensor.name, lo, rounded)
 
-    known = known or {pair: math.fsum(parts) for pair, parts in sums.items()}
+    known = known or {pair: math.fsum(values) for pair, values in parts.items()}
     record = {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
         "sha256": digest.hexdigest(),
         "models": reader.models,
-        "parameters": parameters,
+        "parameters": tensor.parameters,
         **_figures(tensor.operation, known, reader.models),
+        **method.figures(),
     }
     return record, known
+
+
+def _subject(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> Subject:
+    models = tuple(
+        str(plan.models[source.model].path) for position, source in enumerate(tensor.sources) if position != tensor.base
+    )
+    return Subject(tensor.name, tensor.shape, tensor.parameters, models, 0, device)
+
+
+class _Equal(TensorMerge):
+    """An integer tensor, copied if all inputs agree."""
+
+    def pairs(self, count: int) -> list[tuple[int, int]]:
+        return []
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        for other in vectors[1:]:
+            if not torch.equal(vectors[0], other):
+                raise ValueError(
+                    f"{self.subject.name}: integer tensor that differs between the models cannot be merged"
+                )
+        return vectors[0]
 
 
 class _Reader:
     """Chunks of one output tensor's inputs, on the device, in the order of the tensor; can be gone through repeatedly.
 
-    Iteration yields (first flat element, vectors). Vectors are float32: for linear the models; for slerp the base, the
-    other and their difference; for methods on task vectors the base and the differences M_i - B. `pairs` are the
-    vectors whose dot products are of interest. A tensor of one chunk is read once.
+    Iteration yields (first flat element, vectors as the method wants them); integers stay as they are. `pairs` are the
+    vectors whose dot products are gathered. A tensor of one chunk is read once.
     """
 
-    def __init__(self, plan: MergePlan, tensor: TensorPlan, device: torch.device, chunk: int) -> None:
-        self.tensor, self.device, self.chunk = tensor, device, chunk
+    def __init__(
+        self, plan: MergePlan, tensor: TensorPlan, method: TensorMerge, device: torch.device, chunk: int
+    ) -> None:
+        self.tensor, self.device, self.vectors = tensor, device, method.vectors
+        self.chunk = _piece(tensor, method.pieces, chunk)
         order = sorted(range(len(tensor.sources)), key=lambda position: position != tensor.base)  # the base goes first
         self.models = [tensor.sources[position].model for position in order]
         self._inputs: list[tuple[SafetensorsFolder, str]] = []
@@ -233,14 +230,9 @@ class _Reader:
         for position in order:
             folder, name = plan.models[tensor.sources[position].model], tensor.sources[position].name
             self._inputs.append((folder, name))
-            self._buffers.append(torch.empty(min(chunk, tensor.numel), dtype=folder.dtype(name)))
+            self._buffers.append(torch.empty(min(self.chunk, tensor.numel), dtype=folder.dtype(name)))
         self._only_chunk: list[Tensor] | None = None
-        vectors = range(len(order))
-        self.pairs: list[tuple[int, int]] = [] if tensor.operation == "equal" else [(i, i) for i in vectors]
-        if tensor.operation == "slerp":
-            self.pairs += [(0, 1), (2, 2)]
-        elif tensor.operation in ("task_arithmetic", "ties"):
-            self.pairs += combinations(vectors[1:], 2)
+        self.pairs = method.pairs(len(order))
 
     def __iter__(self) -> Iterator[tuple[int, list[Tensor]]]:
         if self.tensor.numel <= self.chunk:
@@ -259,11 +251,10 @@ class _Reader:
         if self.tensor.operation == "equal":
             return raw
         values = [x.to(torch.float32) for x in raw]
-        if self.tensor.operation in ("task_arithmetic", "ties"):
-            return [values[0], *(x - values[0] for x in values[1:])]
-        if self.tensor.operation == "slerp":
-            return [*values, values[1] - values[0]]
-        return values
+        if self.vectors == "models":
+            return values
+        deltas = [x - values[0] for x in values[1:]]
+        return [values[0], *deltas] if self.vectors == "deltas" else [*values, *deltas]
 
     def add_products(self, vectors: Sequence[Tensor], sums: dict[tuple[int, int], list[float]]) -> None:
         """Append the partial dot products of one chunk. A square that is not finite uncovers NaN or infinity."""
@@ -280,18 +271,12 @@ class _Reader:
                 raise ValueError(f"{folder.file_of(name)}: {name} holds NaN or infinite values")
 
 
-def _dot_products(reader: _Reader) -> Sums:
-    sums: dict[tuple[int, int], list[float]] = {pair: [] for pair in reader.pairs}
-    for _, vectors in reader:
-        reader.add_products(vectors, sums)
-    return {pair: math.fsum(parts) for pair, parts in sums.items()}
-
-
-def _the_one(tensor: TensorPlan, vectors: Sequence[Tensor]) -> Tensor:
-    for other in vectors[1:]:
-        if not torch.equal(vectors[0], other):
-            raise ValueError(f"{tensor.name}: integer tensor that differs between the models cannot be merged")
-    return vectors[0]
+def _piece(tensor: TensorPlan, pieces: str, chunk: int) -> int:
+    """Elements read at once: a multiple of ROW, whole rows, or everything, as the method needs."""
+    if pieces == "any":
+        return chunk
+    row = tensor.shape[-1] if tensor.shape else 1
+    return max(tensor.numel if pieces == "whole" else -(-chunk // max(row, 1)) * row, 1)
 
 
 def _all_finite(x: Tensor) -> bool:
@@ -309,25 +294,23 @@ def _figures(operation: str, sums: Mapping[tuple[int, int], float], models: Sequ
     def ratio(above: float, below: float) -> float | None:
         return above / below if below and math.isfinite(above / below) else None
 
-    vectors = sorted({i for pair in sums for i in pair})
-    if operation == "equal":
+    if not sums:
         return {}
-    if operation == "linear":
-        return {"norms": [norm(i) for i in vectors]}
-    if operation == "slerp":
-        return {
-            "base_norm": norm(0),
-            "relative_deltas": [ratio(norm(2), norm(0))],
-            "cosine": ratio(sums[0, 1], norm(0) * norm(1)),
-        }
-    return {
+    if (vectors := METHODS[operation].carry_out.vectors) == "models":
+        return {"norms": [norm(i) for i, _ in sums]}
+    first = 1 if vectors == "deltas" else len(models)
+    deltas = range(first, first + len(models) - 1)
+    figures: dict[str, Any] = {
         "base_norm": norm(0),
-        "relative_deltas": [ratio(norm(i), norm(0)) for i in vectors[1:]],
+        "relative_deltas": [ratio(norm(i), norm(0)) for i in deltas],
         "delta_cosines": [
-            {"models": [models[i], models[j]], "cosine": ratio(sums[i, j], norm(i) * norm(j))}
-            for i, j in combinations(vectors[1:], 2)
+            {"models": [models[i - first + 1], models[j - first + 1]], "cosine": ratio(sums[i, j], norm(i) * norm(j))}
+            for i, j in combinations(deltas, 2)
         ],
     }
+    if vectors == "both":
+        figures["cosines"] = [ratio(sums[0, i], norm(0) * norm(i)) for i in range(1, len(models))]
+    return figures
 
 
 def _layer_figures(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any], Sums]]) -> list[dict[str, Any]]:
@@ -353,7 +336,7 @@ def _layer_figures(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any], 
 def _straight_lines(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any], Sums]]) -> list[str]:
     if plan.config.merge_method != "slerp":
         return []
-    cosines = [record["cosine"] for record, _ in records.values() if record.get("cosine") is not None]
+    cosines = [cosine for record, _ in records.values() for cosine in record.get("cosines", ()) if cosine is not None]
     parallel = sum(abs(cosine) > PARALLEL_COSINE for cosine in cosines)
     if not parallel:
         return []

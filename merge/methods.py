@@ -1,9 +1,10 @@
 """Merge methods as pure functions on tensors: float32 in, float32 out, each readable as its paper's formula.
 
-Touches no files. Every arithmetic step is one IEEE operation on each element, or a sum with a fixed tree, so a tensor
-merged whole, in chunks, by any number of threads or on another device has the same bits. Chunks must start at multiples
-of ROW elements. The pieces that need to see a whole tensor first (slerp's angle, the k largest of a task vector) are
-`partial_sums` with `slerp_weights`, and `LargestK`; the functions that take whole tensors are made of the same pieces.
+Each function on whole tensors comes with the class that carries it out on a tensor seen in pieces (tensor_merge.py),
+made of the same parts. Every arithmetic step is one IEEE operation on each element, or a sum with a fixed tree, so a
+tensor merged whole, in pieces, by any number of threads or on another device has the same bits. What needs to see a
+whole tensor first (slerp's angle, the k largest of a task vector) is `partial_sums` with `slerp_weights`, and
+`LargestK`. Touches no files.
 
 B is the base, M_i the models, delta_i = M_i - B the task vectors.
 """
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .tensor_merge import Subject, Sums, TensorMerge
 
 ROW = 4096
 PARALLEL_COSINE = 0.9995
@@ -31,6 +34,14 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool 
     """
     total = math.fsum(weights) if normalize else 1.0
     return _weighted_sum(tensors, [weight / total for weight in weights])
+
+
+class Linear(TensorMerge):
+    """`linear`, element by element."""
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        parameters = self.subject.parameters
+        return linear(vectors, parameters["weight"], parameters["normalize"])
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -66,6 +77,22 @@ def slerp_apply(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> Tenso
     return _weighted_sum([a, b], [weight_a, weight_b])
 
 
+class Slerp(TensorMerge):
+    """`slerp` from the base to the other model: one look for the angle."""
+
+    vectors = "both"
+    looks = 1
+
+    def end_look(self, number: int, sums: Sums) -> None:
+        dot, norm_a, norm_b = sums[0, 1], math.sqrt(sums[0, 0]), math.sqrt(sums[1, 1])
+        if not all(map(math.isfinite, (dot, norm_a, norm_b))):
+            raise ValueError(f"{self.subject.name}: values too large for a dot product in float32")
+        self._weights = slerp_weights(dot, norm_a, norm_b, self.subject.parameters["t"])[:2]
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        return slerp_apply(vectors[0], vectors[1], *self._weights)
+
+
 def task_arithmetic(
     base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool = False, scale: float = 1.0
 ) -> Tensor:
@@ -82,6 +109,18 @@ def task_arithmetic(
     if not any(coefficients):
         return base
     return base + _weighted_sum(deltas, coefficients)
+
+
+class TaskArithmetic(TensorMerge):
+    """`task_arithmetic`, element by element."""
+
+    vectors = "deltas"
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        parameters = self.subject.parameters
+        return task_arithmetic(
+            vectors[0], vectors[1:], parameters["weight"], parameters["normalize"], parameters["lambda"]
+        )
 
 
 def ties(
@@ -138,6 +177,33 @@ def ties_consensus(
     if scale != 1:
         merged *= scale
     return (merged * elected).add_(base)
+
+
+class Ties(TensorMerge):
+    """`ties`: the looks find the k largest of every task vector."""
+
+    vectors = "deltas"
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        densities = subject.parameters["density"]
+        self._largest = [LargestK(subject.numel, density, subject.device) for density in densities]
+        self.looks = max(largest.passes for largest in self._largest)
+
+    def look(self, number: int, lo: int, vectors: Sequence[Tensor]) -> None:
+        for largest, delta in zip(self._largest, vectors[1:], strict=True):
+            if largest.passes:
+                largest.count(delta)
+
+    def end_look(self, number: int, sums: Sums) -> None:
+        for largest in self._largest:
+            if largest.passes:
+                largest.end_pass()
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        parameters = self.subject.parameters
+        trimmed = [largest.keep(delta) for largest, delta in zip(self._largest, vectors[1:], strict=True)]
+        return ties_consensus(vectors[0], trimmed, parameters["weight"], parameters["normalize"], parameters["lambda"])
 
 
 class LargestK:

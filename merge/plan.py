@@ -19,15 +19,8 @@ import torch
 from ..data.files import read_json
 from ..engine.safetensors_io import SafetensorsFolder
 from ..engine.weights import carried_files
-from .config import (
-    MODEL_PARAMETERS,
-    NEEDS_BASE,
-    SHARED_PARAMETERS,
-    MergeConfig,
-    Parameters,
-    Scalar,
-    resolve_model_path,
-)
+from .config import MergeConfig, Parameters, resolve_model_path
+from .method_table import METHODS, Scalar
 from .methods import SMALL_WEIGHT_SUM
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -198,7 +191,7 @@ class _Planner:
     def _stacks(self, base: Path | None) -> list[_Stack]:
         """The `models` form is one stack; `slices` must put every layer where it was."""
         layers = self._num_layers()
-        method, top = self.config.merge_method, self.config.parameters
+        top = self.config.parameters
         if self.config.models:
             models = [self.paths.index(self._path(entry.model)) for entry in self.config.models]
             scopes: list[tuple[Parameters, ...]] = [(entry.parameters, top) for entry in self.config.models]
@@ -222,12 +215,21 @@ class _Planner:
             if stacks[-1].last != layers:
                 self._error(f"slices: end at layer {stacks[-1].last}, the models have {layers}")
         for stack in stacks:
-            if method == "slerp" and len(stack.models) != 2:
-                self._error(f"slerp: needs exactly two models, the base and another, found {len(stack.models)}")
-            elif method in NEEDS_BASE and len(stack.models) < 2:
-                self._error(f"{method}: needs at least one model besides the base")
+            self._check_count(stack)
         self._note_unread_parameters(stacks)
         return stacks
+
+    def _check_count(self, stack: _Stack) -> None:
+        method = METHODS[self.config.merge_method]
+        least, most = method.models
+        based = method.base == "required"
+        found = len(stack.models) - based
+        if found < least or (most is not None and found > most):
+            wanted = (
+                f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+            )
+            besides = " besides the base" if based else ""
+            self._error(f"{self.config.merge_method}: needs {wanted} model{'s' * (least > 1)}{besides}, found {found}")
 
     def _stack(
         self,
@@ -243,7 +245,7 @@ class _Planner:
             if count > 1:
                 self._error(f"{where}: {self.paths[model]} is listed {count} times")
         position = None
-        if self.config.merge_method in NEEDS_BASE:
+        if METHODS[self.config.merge_method].base == "required":
             if base is None or self.paths.index(base) not in models:
                 self._error(f"{where}: base_model {base} is not among the sources")
             else:
@@ -264,7 +266,7 @@ class _Planner:
     def _note_unread_parameters(self, stacks: Sequence[_Stack]) -> None:
         """mergekit accepts parameters where nothing reads them. They stay without effect, but not without a word."""
         method = self.config.merge_method
-        shared, own = SHARED_PARAMETERS[method], MODEL_PARAMETERS[method]
+        shared, own = METHODS[method].shared, METHODS[method].per_model
         at_models = [entry.parameters for entry in self.config.models]
         at_models += [source.parameters for output in self.config.slices for source in output.sources]
         elsewhere = [self.config.parameters, *(output.parameters for output in self.config.slices)]
@@ -318,9 +320,7 @@ class _Planner:
         plans = [self._tensor(name, stacks, aliases, donor) for name in names if name not in derived]
         return [plan for plan in plans if plan is not None]
 
-    def _tensor(
-        self, name: str, stacks: list[_Stack], aliases: list[dict[str, str]], donor: int
-    ) -> TensorPlan | None:
+    def _tensor(self, name: str, stacks: list[_Stack], aliases: list[dict[str, str]], donor: int) -> TensorPlan | None:
         layer = layer_index(name)
         if layer is None:  # embeddings go with the first slice, what follows the layers with the last; depth 0 for both
             stack, depth = (stacks[0] if "embed" in name else stacks[-1]), 0.0
@@ -362,9 +362,7 @@ class _Planner:
         )
 
     def _shape_error(self, name: str, sources: Sequence[Source], shapes: Sequence[tuple[int, ...]]) -> None:
-        found = "; ".join(
-            f"{list(shape)} in {self.paths[source.model]}" for source, shape in zip(sources, shapes)
-        )
+        found = "; ".join(f"{list(shape)} in {self.paths[source.model]}" for source, shape in zip(sources, shapes))
         is_vocabulary = "embed" in name or name == HEAD
         if is_vocabulary and len({shape[1:] for shape in shapes}) == 1:
             rows = ", ".join(f"{shape[0]} in {self.paths[source.model]}" for source, shape in zip(sources, shapes))
@@ -379,9 +377,9 @@ class _Planner:
     def _parameters(self, name: str, depth: float, stack: _Stack) -> dict[str, Any]:
         method = self.config.merge_method
         values: dict[str, Any] = {}
-        for key, default in SHARED_PARAMETERS[method].items():
+        for key, default in METHODS[method].shared.items():
             values[key] = self._resolve(key, default, stack.shared_scopes, name, depth, "the merge")
-        for key, default in MODEL_PARAMETERS[method].items():
+        for key, default in METHODS[method].per_model.items():
             values[key] = [
                 self._resolve(key, default, scopes, name, depth, str(self.paths[model]))
                 for position, (model, scopes) in enumerate(zip(stack.models, stack.model_scopes))

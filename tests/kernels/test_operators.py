@@ -17,12 +17,14 @@ DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
 
 CALLS = {
-    "rms_norm": (X, torch.randn(H), 1e-5),
-    "add_rms_norm": (X, X, torch.randn(H), 1e-5),
-    "rms_norm_backward": (X, X, X, torch.randn(H), torch.rand(T)),
+    "rms_norm": (X, torch.randn(H), 1e-5, False),
+    "add_rms_norm": (X, X, torch.randn(H), 1e-5, True),
+    "rms_norm_backward": (X, X, X, torch.randn(H), torch.rand(T), False),
+    "rms_norm_backward_recompute": (torch.randn(T, H), X, X, torch.randn(H), torch.rand(T), True),
     "rope": (*ROPE, True),
-    "swiglu": (X,),
-    "swiglu_backward": (X[:, :8], X),
+    "swiglu": (X, True),
+    "swiglu_backward": (X[:, :8], X, False),
+    "swiglu_backward_recompute": (torch.randn(T, 8), X, False),
     "linear": (X, W, torch.randn(11)),
     "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
     "attention": (*QKV, *DOCUMENTS),
@@ -33,7 +35,13 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, dtype):
-    always_fp32 = {"rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3,), "attention_backward": (5,)}
+    always_fp32 = {
+        "rope": (2, 3),
+        "rms_norm_backward": (4,),
+        "rms_norm_backward_recompute": (4,),
+        "linear_cross_entropy": (3,),
+        "attention_backward": (5,),
+    }
     fp32 = always_fp32.get(name, ())
     args = [
         a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in fp32 else a

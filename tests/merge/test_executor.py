@@ -145,13 +145,13 @@ def test_manifest_and_what_is_carried(folder: Path, tmp_path: Path) -> None:
     for name, entry in manifest["tensors"].items():
         assert entry["sha256"] == hashlib.sha256(bits(merged[name])).hexdigest()
         x, y = base[name].double().flatten(), far[name].double().flatten()
-        assert entry["cosine"] == pytest.approx(float(x @ y / x.norm() / y.norm()), rel=1e-6)
+        assert entry["cosines"] == [pytest.approx(float(x @ y / x.norm() / y.norm()), rel=1e-6)]
         assert entry["relative_deltas"] == pytest.approx([float((y - x).norm() / x.norm())], rel=1e-6)
     layers = manifest["figures"]["layers"]
     assert [entry["layer"] for entry in layers] == [None, 0, 1, 2]
     squares = sum(float(x.double().square().sum()) for name, x in base.items() if ".layers.1." in name)
     assert layers[2]["base_norm"] == pytest.approx(math.sqrt(squares), rel=1e-6)
-    straight = sum(entry["cosine"] > 0.9995 for entry in manifest["tensors"].values())
+    straight = sum(entry["cosines"][0] > 0.9995 for entry in manifest["tensors"].values())
     assert straight
     assert any(f"slerp: {straight} of 30 tensors" in line for line in lines)
 

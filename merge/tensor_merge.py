@@ -1,0 +1,86 @@
+"""How a method merges one tensor that it sees in pieces: what the executor asks of every method.
+
+The executor reads a tensor `looks` times, calling `look` with every piece and `end_look` after the last, and then once
+more, calling `merge` with every piece. Vectors are float32, flat and of one length: with `deltas` the base B and the
+task vectors delta_i = M_i - B, else the models themselves, a base first where there is one. Touches no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Sums = dict[tuple[int, int], float]  # dot products of a tensor's vectors, by their positions
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One output tensor, as far as a method may know it.
+
+    parameters: resolved values: of the merge as a whole, and as lists, one entry per model that is not the base.
+    models: what tells the models apart in random bits, in the order of the vectors without the base.
+    seed: of the merge; random bits depend on (seed, name, model, element) and on nothing else.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: dict[str, Any]
+    models: tuple[str, ...]
+    seed: int
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class TensorMerge:
+    """One tensor under one method. Subclasses say what they want to see and what they make of it.
+
+    vectors: "models": the models, a required base B first; "deltas": B and the task vectors delta_i = M_i - B; "both":
+        B, the other models, and then the task vectors.
+    looks: how often the whole tensor is read before it is merged.
+    pieces: "any": pieces start at multiples of ROW elements and come in order; "rows": they hold whole rows of the last
+        dimension (a vector is one row); "whole": there is one piece.
+    """
+
+    vectors: ClassVar[Literal["models", "deltas", "both"]] = "models"
+    pieces: ClassVar[Literal["any", "rows", "whole"]] = "any"
+    looks = 0
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+
+    def pairs(self, models: int) -> list[tuple[int, int]]:
+        """Which dot products are gathered in the first reading, for figures and for `end_look`: positions of vectors.
+
+        Those of every vector with itself, of the task vectors with each other, and with "both" of B with the models.
+
+        Args:
+            models: how many there are, the base included.
+        """
+        if self.vectors == "models":
+            return [(i, i) for i in range(models)]
+        first = 1 if self.vectors == "deltas" else models
+        last = first + models - 1
+        between = [(0, i) for i in range(1, first)]
+        return [(i, i) for i in range(last)] + between + list(combinations(range(first, last), 2))
+
+    def look(self, number: int, lo: int, vectors: Sequence[Tensor]) -> None:
+        """A piece that begins at flat element `lo`, in reading `number`."""
+
+    def end_look(self, number: int, sums: Sums) -> None:
+        """Reading `number` is over; `sums` are the dot products of `pairs`, each rounded once."""
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        """The merged piece, float32, of the vectors' length."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, Any]:
+        """What the method itself has to tell about the tensor, for the manifest; after the last piece."""
+        return {}
