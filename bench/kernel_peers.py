@@ -81,31 +81,52 @@ def swiglu() -> Peers:
     return {"liger": liger}
 
 
-def rope(cos: Tensor, sin: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Peers:
+def rope(
+    cos: Tensor, sin: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int, heads: list[int], head_dim: int
+) -> Peers:
     """Liger knows no packing: it gets the rows of the tables gathered by position, outside the measurement, and q and k
     as transformers lays them out, [B, heads, T, D] seen through a transposition."""
     found: Peers = {}
     if _installed("liger_kernel"):
         rows_cos, rows_sin = (torch.cat([table[positions.long()]] * 2, -1)[None] for table in (cos, sin))
 
-        def liger(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        def liger(qkv: Tensor) -> tuple[Tensor, ...]:
             from liger_kernel.ops.rope import LigerRopeFunction
 
+            q, k, v = qkv.unflatten(1, (-1, head_dim)).split(heads, dim=1)
             heads_first = (x.unsqueeze(0).transpose(1, 2) for x in (q, k))
-            q_out, k_out = LigerRopeFunction.apply(*heads_first, rows_cos.to(q.dtype), rows_sin.to(q.dtype))
-            return q_out.transpose(1, 2).squeeze(0), k_out.transpose(1, 2).squeeze(0)
+            q, k = LigerRopeFunction.apply(*heads_first, rows_cos.to(qkv.dtype), rows_sin.to(qkv.dtype))
+            return q.transpose(1, 2).squeeze(0), k.transpose(1, 2).squeeze(0), v
 
         found["liger"] = liger
-    if _installed("flash_attn"):
+    if _installed("quack"):
 
-        def flash(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            from flash_attn.layers.rotary import apply_rotary_emb
+        def quack(qkv: Tensor) -> tuple[Tensor, ...]:
+            from quack.rotary import apply_rotary_emb_qkv_
 
-            half = cos.to(q.dtype), sin.to(q.dtype)
-            return tuple(apply_rotary_emb(x, *half, cu_seqlens=cu_seqlens, max_seqlen=longest) for x in (q, k))
+            qkv = qkv.clone() if qkv.requires_grad and torch.is_grad_enabled() else qkv
+            rotated = apply_rotary_emb_qkv_(
+                qkv, cos.to(qkv.dtype), sin.to(qkv.dtype), num_heads_q=heads[0], cu_seqlens=cu_seqlens,
+                max_seqlen=longest, headdim=head_dim,
+            )  # fmt: skip
+            return rotated.unflatten(1, (-1, head_dim)).split(heads, dim=1)
 
-        found["flash_attn"] = flash
+        found["quack"] = quack
     return found
+
+
+def moe(top_k: int) -> Peers:
+    if not _installed("liger_kernel"):
+        return {}
+
+    def liger(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        weights, chosen = torch.softmax(logits.float(), -1).topk(top_k, -1)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        return LigerFusedMoEFunction.apply(x, gate_up, down, chosen.int(), weights)
+
+    return {"liger": liger}
 
 
 def linear_cross_entropy(labels: Tensor) -> Peers:
