@@ -42,7 +42,7 @@ def rms_norm() -> Iterator[Case]:
 def rope() -> Iterator[Case]:
     for head_dim in HEAD_DIM:
         tables, positions = meta(4096, head_dim // 2, dtype=FP32), meta(64, dtype=INT32)
-        args = (meta(64, 28, head_dim), meta(64, 4, head_dim), tables, tables, positions, True)
+        args = (meta(64, 28, head_dim), meta(64, 4, head_dim), tables, tables, positions, True, False)
         yield Case(f"rope D={head_dim}", "rope", "_rope_triton", args, {"_rope_kernel": WIDE})
 
 
