@@ -10,6 +10,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
+from .rope_qkv import rope_qkv
 from .swiglu import swiglu
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "swiglu",
 ]

@@ -37,11 +37,11 @@ def gather_tables(
     return cos_T1d, sin_T1d.neg_() if inverse else sin_T1d
 
 
-def rotate_cpu(x_THD: torch.Tensor, out_THD: torch.Tensor, cos_T1d: torch.Tensor, sin_T1d: torch.Tensor) -> None:
-    """Write rotated x to out, which may be x. Tables in the compute dtype round once; in the dtype of x, as
-    transformers does."""
+def rotate_cpu(
+    x_THD: torch.Tensor, out_THD: torch.Tensor, cos_T1d: torch.Tensor, sin_T1d: torch.Tensor, exact_hf: bool
+) -> None:
+    """Write rotated x to out, which may be x; tables from `gather_tables`."""
     half = x_THD.shape[-1] // 2
-    exact_hf = cos_T1d.dtype == x_THD.dtype != compute_dtype(x_THD.dtype)
     in_place = out_THD.data_ptr() == x_THD.data_ptr()
     for x, out, cos, sin in zip(*(t.split(_BLOCK_TOKENS) for t in (x_THD, out_THD, cos_T1d, sin_T1d))):
         x = x.to(cos.dtype)
@@ -68,8 +68,8 @@ def _rope_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tables = gather_tables(cos, sin, positions, q.dtype, inverse, exact_hf)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k))
-    rotate_cpu(q, q_out, *tables)
-    rotate_cpu(k, k_out, *tables)
+    rotate_cpu(q, q_out, *tables, exact_hf)
+    rotate_cpu(k, k_out, *tables, exact_hf)
     return q_out, k_out
 
 
@@ -78,14 +78,24 @@ def _rope_cpu(
 
 @kernel
 def head_pointers(
-    Q, K, V, token, head, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    Q, K, V, token, head, col, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
 ):  # fmt: skip
-    """Where each head of a token begins, counted through q, k and v; token and head int64."""
-    q = Q + token * q_stride_t + head * q_stride_h
-    k = K + token * k_stride_t + (head - HEADS_Q) * k_stride_h
-    v = V + token * v_stride_t + (head - HEADS_Q - HEADS_K) * v_stride_h
+    """Columns of the heads of a token, counted through q, k and v; token and head int64. The columns are added before
+    the choice: the compiler sees wide accesses through it only so."""
+    q = Q + token * q_stride_t + head * q_stride_h + col
+    k = K + token * k_stride_t + (head - HEADS_Q) * k_stride_h + col
+    v = V + token * v_stride_t + (head - HEADS_Q - HEADS_K) * v_stride_h + col
     return tl.where(head < HEADS_Q, q, tl.where(head < HEADS_Q + HEADS_K, k, v))
+
+
+@kernel
+def given_heads(
+    head, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr, HAS_V: tl.constexpr
+):
+    """Whether each head belongs to one of q, k and v that is given."""
+    is_q, is_v = head < HEADS_Q, head >= HEADS_Q + HEADS_K
+    return (is_q & HAS_Q) | (is_v & HAS_V) | (~is_q & ~is_v & HAS_K)
 
 
 @kernel
@@ -131,15 +141,9 @@ def rotate_kernel(
     head = ((tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
     col = tl.arange(0, BLOCK_D)[None, :]
     mask = (head < HEADS_Q + HEADS_K + HEADS_V) & (col < HALF)
-    present = mask
-    if not HAS_Q:
-        present = present & (head >= HEADS_Q)
-    if not HAS_K:
-        present = present & ((head < HEADS_Q) | (head >= HEADS_Q + HEADS_K))
-    if not HAS_V:
-        present = present & (head < HEADS_Q + HEADS_K)
-    x = col + head_pointers(
-        Q, K, V, token, head, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, HEADS_Q, HEADS_K
+    present = mask & given_heads(head, HEADS_Q, HEADS_K, HAS_Q, HAS_K, HAS_V)
+    x = head_pointers(
+        Q, K, V, token, head, col, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, HEADS_Q, HEADS_K
     )  # fmt: skip
     # The heads are under way before the position is known, on which the tables wait.
     x1 = tl.load(x, present, 0.0).to(tl.float32)
@@ -149,8 +153,8 @@ def rotate_kernel(
     if HEADS_V:
         turns = head < HEADS_Q + HEADS_K
         y1, y2 = tl.where(turns, y1, x1), tl.where(turns, y2, x2)
-    y = col + head_pointers(
-        QO, KO, VO, token, head, qo_stride_t, qo_stride_h, ko_stride_t, ko_stride_h, vo_stride_t, vo_stride_h,
+    y = head_pointers(
+        QO, KO, VO, token, head, col, qo_stride_t, qo_stride_h, ko_stride_t, ko_stride_h, vo_stride_t, vo_stride_h,
         HEADS_Q, HEADS_K,
     )  # fmt: skip
     tl.store(y, cast(y1, QO.dtype.element_ty, INTERPRET), mask)
