@@ -143,7 +143,8 @@ def rotate_kernel(
     mask = (head < HEADS_Q + HEADS_K + HEADS_V) & (col < HALF)
     present = mask & given_heads(head, HEADS_Q, HEADS_K, HAS_Q, HAS_K, HAS_V)
     x = head_pointers(
-        Q, K, V, token, head, col, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, HEADS_Q, HEADS_K
+        Q, K, V, token, head, col, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+        HEADS_Q, HEADS_K,
     )  # fmt: skip
     # The heads are under way before the position is known, on which the tables wait.
     x1 = tl.load(x, present, 0.0).to(tl.float32)
@@ -181,7 +182,7 @@ def rotation(
     inverse: bool,
     exact_hf: bool,
 ) -> tuple[tuple[int, ...], tuple, dict[str, Any]]:
-    """Grid, arguments and constants of `rotate_kernel` from (q, k) or (q, k, v) [T, heads, D] to the same of results."""
+    """Grid, arguments and constants of `rotate_kernel` from (q, k) or (q, k, v), each [T, heads, D], to results."""
     tokens, _, head_dim = results[0].shape
     heads = [x.shape[1] for x in results] + [0] * (3 - len(results))
     outs = [*results, results[0]][:3]

@@ -19,9 +19,20 @@ from torch.autograd.function import once_differentiable
 from ._op import check_tensor, compute_dtype, define_op
 from ._triton import cast, cdiv, kernel, launch, persistent_programs, tl
 from .rope import (
-    _rope_op, check_rotation, gather_tables, given_heads, head_pointers, head_tile, load_tables, rotate, rotate_cpu,
-    rotate_kernel, rotation, round_to, unit_columns,
-)  # fmt: skip
+    _rope_op,
+    check_rotation,
+    gather_tables,
+    given_heads,
+    head_pointers,
+    head_tile,
+    load_tables,
+    rotate,
+    rotate_cpu,
+    rotate_kernel,
+    rotation,
+    round_to,
+    unit_columns,
+)
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -247,8 +258,7 @@ def _norm_backward_kernel(
     w1, w2 = _load_weights(WQ, WK, head, col, HEADS_Q, HALF)
     dw1 = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     dw2 = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for index in tl.range(tl.program_id(0) // blocks, tokens, programs, num_stages=STAGES):
-        token = index.to(tl.int64)
+    for token in tl.range((tl.program_id(0) // blocks).to(tl.int64), tokens, programs, num_stages=STAGES):
         x = QKV + token * stride_t + head * (2 * HALF) + col
         dy = head_pointers(
             DQ, DK, DV, token, head, col, dq_stride_t, dq_stride_h, dk_stride_t, dk_stride_h, dv_stride_t,
@@ -273,7 +283,7 @@ def _norm_backward_kernel(
         out = DQKV + token * (heads * 2 * HALF) + head * (2 * HALF) + col
         tl.store(out, cast(dx1, dtype, INTERPRET), mask)
         tl.store(out + HALF, cast(dx2, dtype, INTERPRET), mask)
-    out = DW + tl.program_id(0) * (4 * HALF) + col
+    out = DW + tl.program_id(0).to(tl.int64) * (4 * HALF) + col
     is_q = head < HEADS_Q
     tl.store(out, tl.sum(tl.where(is_q, dw1, 0.0), 0, keep_dims=True), col < HALF)
     tl.store(out + HALF, tl.sum(tl.where(is_q, dw2, 0.0), 0, keep_dims=True), col < HALF)
@@ -325,8 +335,9 @@ def _norm_rope_qkv_backward_triton(
     tokens, heads, head_dim = qkv.shape[0], heads_q + 2 * heads_k, q_norm.shape[0]
     tile = head_tile(heads, head_dim)
     blocks = cdiv(heads, tile["BLOCK_H"])
-    # Four programs of 128 threads an SM hide each other's reductions; partial sums are added in a fixed order.
-    programs = cdiv(persistent_programs(qkv, per_sm=4), blocks)
+    # Registers allow three programs an SM, which hide each other's reductions; never more, or a few would run alone at
+    # the end. Their partial sums are added in a fixed order.
+    programs = max(persistent_programs(qkv, per_sm=3) // blocks, 1)
     dw = torch.empty(programs * blocks, 2, head_dim, dtype=torch.float32, device=qkv.device)
     dys = (dq, dk, dv)
     given = [out if dy is None else unit_columns(dy) for dy, out in zip(dys, _split(dqkv, heads_q, heads_k))]

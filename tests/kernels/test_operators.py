@@ -20,7 +20,7 @@ CALLS = {
     "rms_norm": (X, torch.randn(H), 1e-5),
     "add_rms_norm": (X, X, torch.randn(H), 1e-5),
     "rms_norm_backward": (X, X, X, torch.randn(H), torch.rand(T)),
-    "rope": (*ROPE, True),
+    "rope": (*ROPE, True, False),
     "swiglu": (X,),
     "swiglu_backward": (X[:, :8], X),
     "linear": (X, W, torch.randn(11)),
