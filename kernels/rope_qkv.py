@@ -133,9 +133,7 @@ def _norm_rope_qkv_backward_cpu(
     dqkv = dqkv.to(acc)
     dws = []
     rstds = rstd.unsqueeze(-1).split((heads_q, heads_k), 1)
-    for m, x, r, weight in zip(
-        _split(dqkv, heads_q, heads_k), _split(qkv, heads_q, heads_k), rstds, (q_norm, k_norm)
-    ):
+    for m, x, r, weight in zip(_split(dqkv, heads_q, heads_k), _split(qkv, heads_q, heads_k), rstds, (q_norm, k_norm)):
         n = x * r
         dws.append((m * n).sum((0, 1)).to(weight.dtype))
         g = m.mul_(weight)
