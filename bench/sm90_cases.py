@@ -24,6 +24,7 @@ def cases() -> Iterator[Case]:
     yield from rms_norm()
     yield from rope()
     yield from rope_qkv()
+    yield from embedding()
     yield from swiglu()
     yield from linear_cross_entropy()
     yield from attention()
@@ -67,6 +68,22 @@ def rope_qkv() -> Iterator[Case]:
         ):
             label = f"{function} {heads_q}/{heads_k} heads D={head_dim} exact_hf={args[-1]}"
             yield Case(label, "rope_qkv", function, args, needs)
+
+
+def embedding() -> Iterator[Case]:
+    tokens, scalar = meta(16384, dtype=INT64), meta(dtype=INT64)
+    for hidden, vocab in zip(HIDDEN, (VOCABULARY[2], VOCABULARY[0], VOCABULARY[1])):
+        weight, dy, main_grad = meta(vocab, hidden), meta(16384, hidden), meta(vocab, hidden, dtype=FP32)
+        lengths = meta(16384, dtype=INT32)
+        backward = {"_sum_kernel": ("cp_async", "st_v4"), "_join_kernel": ("cp_async", "st_v4")}
+        noise = lengths, scalar, scalar, 5.0, 7
+        for label, function, args, needs in (
+            ("embedding", "_embedding_triton", (tokens, weight, None, None, None, 0.0, 0), {"_forward_kernel": WIDE}),
+            ("embedding NEFTune", "_embedding_triton", (tokens, weight, *noise), {"_forward_kernel": WIDE}),
+            ("embedding backward", "_embedding_backward_triton", (dy, tokens, vocab), backward),
+            ("embedding main_grad", "_embedding_accumulate_triton", (dy, tokens, main_grad), backward),
+        ):
+            yield Case(f"{label} H={hidden} V={vocab}", "embedding", function, args, needs)
 
 
 def swiglu() -> Iterator[Case]:

@@ -6,6 +6,7 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .embedding import NeftuneNoise, document_lengths, embedding
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
@@ -14,9 +15,12 @@ from .rope_qkv import rope_qkv
 from .swiglu import swiglu
 
 __all__ = [
+    "NeftuneNoise",
     "add_rms_norm",
     "attention",
     "attention_backend",
+    "document_lengths",
+    "embedding",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

@@ -333,9 +333,9 @@ def _norm_rope_qkv_backward_triton(
     tokens, heads, head_dim = qkv.shape[0], heads_q + 2 * heads_k, q_norm.shape[0]
     tile = head_tile(heads, head_dim)
     blocks = cdiv(heads, tile["BLOCK_H"])
-    # Registers allow three programs an SM, which hide each other's reductions; never more, or a few would run alone at
-    # the end. Their partial sums are added in a fixed order.
-    programs = max(persistent_programs(qkv, per_sm=3) // blocks, 1)
+    # Registers allow 16 warps an SM, which hide each other's reductions; with more, a few would run alone at the end.
+    # Their partial sums are added in a fixed order.
+    programs = max(persistent_programs(qkv, per_sm=16 // tile["num_warps"]) // blocks, 1)
     dw = torch.empty(programs * blocks, 2, head_dim, dtype=torch.float32, device=qkv.device)
     dys = (dq, dk, dv)
     given = [out if dy is None else unit_columns(dy) for dy, out in zip(dys, _split(dqkv, heads_q, heads_k))]

@@ -13,7 +13,7 @@ from steep.bench.sm90 import capture, compile_launch
 from tests.kernels.kernel_checks import kernel_module
 
 
-def narrow_products(module_name: str, function: Callable, *args: Any) -> list[str]:
+def narrow_products(module_name: str, function: Callable, *args: Any) -> list[tuple[str, str]]:
     """The 32-bit multiplications by anything but a constant in the kernels that `function(*args)` launches, its tensors
     on the meta device: an index times a stride must not be among them."""
     triton = pytest.importorskip("triton")
@@ -29,6 +29,7 @@ def narrow_products(module_name: str, function: Callable, *args: Any) -> list[st
     assert compiled
     found = []
     for kernel in compiled:
-        products = re.findall(r".*arith\.muli .*: (?:i32|tensor<\S*xi32>).*", kernel.asm["ttir"])
-        found += [line.strip() for line in products if not re.search(r"%\w*cst\w*|%c\d+_i32", line.split("=", 1)[1])]
+        constants = set(re.findall(r"(%\S+) = arith\.constant", kernel.asm["ttir"]))
+        products = re.findall(r"arith\.muli (%\S+), (%\S+) : (?:i32|tensor<\S*xi32>)", kernel.asm["ttir"])
+        found += [factors for factors in products if not constants & set(factors)]
     return found
