@@ -41,10 +41,10 @@ def _embedding_cpu(
     vocab, hidden = weight.shape
     inside = (tokens >= 0) & (tokens < vocab)
     if not inside.all():
-        index = inside.int().argmin().item()  # of equal ones the first
+        index = int(inside.int().argmin())  # of equal ones the first
         raise ValueError(f"embedding: tokens[{index}] is {tokens[index].item()}; allowed: 0 to {vocab - 1}")
     y = weight.index_select(0, tokens)
-    if lengths is None:
+    if lengths is None or step is None or first_token is None:
         return y
     acc = compute_dtype(weight.dtype)
     first, stream = int(first_token), int(step)

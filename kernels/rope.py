@@ -207,7 +207,7 @@ def _rope_triton(
     inverse: bool,
     exact_hf: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    results = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    results = q.new_empty(q.shape), k.new_empty(k.shape)
     grid, args, constants = rotation((q, k), results, cos, sin, positions, inverse, exact_hf)
     launch(rotate_kernel, grid, *args, **constants)
     return results

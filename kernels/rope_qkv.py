@@ -107,7 +107,7 @@ def _norm_rope_qkv_cpu(
         rotate_cpu(y, out, *tables, exact_hf)
         outs.append(out)
         rstds.append(rstd.squeeze(-1))
-    return *outs, torch.cat(rstds, 1)
+    return outs[0], outs[1], torch.cat(rstds, 1)
 
 
 def _norm_rope_qkv_backward_cpu(
@@ -125,12 +125,10 @@ def _norm_rope_qkv_backward_cpu(
     heads_k: int,
     exact_hf: bool,
 ) -> Heads:
-    dqkv = _rope_qkv_backward_cpu(dq, dk, dv, cos, sin, positions, heads_q, heads_k, exact_hf)
     acc = rstd.dtype
-    if not exact_hf and dqkv.dtype != acc:  # what the norm differentiates is not rounded in between
-        up = (None if dy is None else dy.to(acc) for dy in (dq, dk, dv))
-        dqkv = _rope_qkv_backward_cpu(*up, cos, sin, positions, heads_q, heads_k, False)
-    dqkv = dqkv.to(acc)
+    # exact_hf rounds what the rotation hands to the norm
+    dq, dk, dv = (dy if dy is None or exact_hf else dy.to(acc) for dy in (dq, dk, dv))
+    dqkv = _rope_qkv_backward_cpu(dq, dk, dv, cos, sin, positions, heads_q, heads_k, exact_hf).to(acc)
     dws = []
     rstds = rstd.unsqueeze(-1).split((heads_q, heads_k), 1)
     for m, x, r, weight in zip(_split(dqkv, heads_q, heads_k), _split(qkv, heads_q, heads_k), rstds, (q_norm, k_norm)):
@@ -138,7 +136,7 @@ def _norm_rope_qkv_backward_cpu(
         dws.append((m * n).sum((0, 1)).to(weight.dtype))
         g = m.mul_(weight)
         g.sub_(n * (g * n).mean(-1, keepdim=True)).mul_(r)
-    return dqkv.to(qkv.dtype), *dws
+    return dqkv.to(qkv.dtype), dws[0], dws[1]
 
 
 def _empty_gradient(
@@ -485,7 +483,7 @@ def rope_qkv(
     if getattr(qkv, "_rotated_version", None) == qkv._version:
         raise ValueError("rope_qkv: qkv has been rotated already; a checkpointed region must begin at the projection")
     rotated = _RopeQKV.apply(qkv, cos, sin, positions, heads_q, heads_k, exact_hf, True)
-    qkv._rotated_version = qkv._version
+    qkv._rotated_version = qkv._version  # type: ignore[attr-defined]
     return rotated
 
 
