@@ -410,6 +410,8 @@ class _RopeQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None):
+        if dq is dk is dv is None:
+            return None, None, None, None, None, None, None, None
         dqkv = _rope_qkv_backward_op(dq, dk, dv, *ctx.saved_tensors, *ctx.heads, ctx.exact_hf)
         return dqkv, None, None, None, None, None, None, None
 
@@ -426,6 +428,8 @@ class _NormRopeQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None):
+        if dq is dk is dv is None:
+            return None, None, None, None, None, None, None, None, None, None
         grads = _norm_rope_qkv_backward_op(dq, dk, dv, *ctx.saved_tensors, *ctx.heads, ctx.exact_hf)
         return *grads, None, None, None, None, None, None, None
 

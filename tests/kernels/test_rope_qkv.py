@@ -82,6 +82,16 @@ def test_in_place_and_views(path):
     assert torch.equal(wide[:, WIDTH:], rest)
 
 
+def test_norm_weights_of_their_own_dtype(path):
+    qkv = torch.randn(T, WIDTH).bfloat16().requires_grad_()
+    norms = [(torch.rand(D) + 0.5).requires_grad_() for _ in range(2)]
+    outputs = ours(qkv, *norms)
+    grads = torch.autograd.grad([x.float().sum() for x in outputs], (qkv, *norms))
+    assert [x.dtype for x in (*outputs, *grads)] == [torch.bfloat16] * 4 + [torch.float32] * 2
+    for got, want in zip(outputs, float64(qkv.double(), *(w.double() for w in norms))):
+        assert torch.allclose(got.double(), want, rtol=2**-8, atol=1e-6)  # half a unit in the last place of bf16
+
+
 def test_norms_leave_the_projection_alone(path):
     qkv = torch.randn(T, WIDTH)
     before = qkv.clone()
@@ -96,6 +106,22 @@ def test_any_of_the_gradients(path, inputs, used):
         return lambda *leaves: tuple(function(*leaves)[index] for index in used)
 
     check(some(ours), some(float64), None, inputs, torch.float32)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_at_all(inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = sum(NoGradient.apply(x) for x in ours(*leaves))
+    assert torch.autograd.grad(loss, leaves, allow_unused=True) == (None,) * len(leaves)
 
 
 def test_expanded_gradients_and_two_runs(path, inputs):
