@@ -23,6 +23,8 @@ def cases() -> Iterator[Case]:
     """All of them."""
     yield from rms_norm()
     yield from rope()
+    yield from rope_qkv()
+    yield from embedding()
     yield from swiglu()
     yield from linear_cross_entropy()
     yield from attention()
@@ -47,8 +49,46 @@ def rms_norm() -> Iterator[Case]:
 def rope() -> Iterator[Case]:
     for head_dim in HEAD_DIM:
         tables, positions = meta(4096, head_dim // 2, dtype=FP32), meta(64, dtype=INT32)
-        args = (meta(64, 28, head_dim), meta(64, 4, head_dim), tables, tables, positions, True)
-        yield Case(f"rope D={head_dim}", "rope", "_rope_triton", args, {"_rope_kernel": WIDE})
+        args = (meta(64, 28, head_dim), meta(64, 4, head_dim), tables, tables, positions, True, False)
+        yield Case(f"rope D={head_dim}", "rope", "_rope_triton", args, {"rotate_kernel": WIDE})
+
+
+def rope_qkv() -> Iterator[Case]:
+    for (heads_q, heads_k), head_dim in [((28, 4), 128), *(((32, 8), head_dim) for head_dim in HEAD_DIM)]:
+        qkv, weight = meta(64, (heads_q + 2 * heads_k) * head_dim), meta(head_dim)
+        q, k, rstd = meta(64, heads_q, head_dim), meta(64, heads_k, head_dim), meta(64, heads_q + heads_k, dtype=FP32)
+        tables = meta(4096, head_dim // 2, dtype=FP32)
+        place = tables, tables, meta(64, dtype=INT32), heads_q, heads_k
+        norms = weight, weight, *place
+        for function, args, needs in (
+            ("_rope_qkv_triton", (qkv, *place, False), {"rotate_kernel": WIDE}),
+            ("_rope_qkv_triton", (qkv, *place, True), {"rotate_kernel": WIDE}),
+            ("_rope_qkv_backward_triton", (q, k, k, *place, False), {"rotate_kernel": WIDE}),
+            ("_norm_rope_qkv_triton", (qkv, *norms, 1e-6, False), {"_norm_forward_kernel": WIDE}),
+            (
+                "_norm_rope_qkv_backward_triton",
+                (q, k, k, qkv, rstd, *norms, False),
+                {"_norm_backward_kernel": ("cp_async", "st_v4")},
+            ),
+        ):
+            label = f"{function} {heads_q}/{heads_k} heads D={head_dim} exact_hf={args[-1]}"
+            yield Case(label, "rope_qkv", function, args, needs)
+
+
+def embedding() -> Iterator[Case]:
+    tokens, scalar = meta(16384, dtype=INT64), meta(dtype=INT64)
+    for hidden, vocab in zip(HIDDEN, (VOCABULARY[2], VOCABULARY[0], VOCABULARY[1])):
+        weight, dy, main_grad = meta(vocab, hidden), meta(16384, hidden), meta(vocab, hidden, dtype=FP32)
+        lengths = meta(16384, dtype=INT32)
+        backward = {"_sum_kernel": ("cp_async", "st_v4"), "_join_kernel": ("cp_async", "st_v4")}
+        noise = lengths, scalar, scalar, 5.0, 7
+        for label, function, args, needs in (
+            ("embedding", "_embedding_triton", (tokens, weight, None, None, None, 0.0, 0), {"_forward_kernel": WIDE}),
+            ("embedding NEFTune", "_embedding_triton", (tokens, weight, *noise), {"_forward_kernel": WIDE}),
+            ("embedding backward", "_embedding_backward_triton", (dy, tokens, vocab), backward),
+            ("embedding main_grad", "_embedding_accumulate_triton", (dy, tokens, main_grad), backward),
+        ):
+            yield Case(f"{label} H={hidden} V={vocab}", "embedding", function, args, needs)
 
 
 def swiglu() -> Iterator[Case]:

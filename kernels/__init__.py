@@ -6,6 +6,7 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .embedding import NeftuneNoise, document_lengths, embedding
 from .fp8 import cast_blockwise, cast_rowwise
 from .fp8_linear import fp8_linear
 from .fused_linear import rms_norm_linear, swiglu_linear
@@ -13,20 +14,25 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
+from .rope_qkv import rope_qkv
 from .swiglu import swiglu
 
 __all__ = [
+    "NeftuneNoise",
     "add_rms_norm",
     "attention",
     "attention_backend",
     "cast_blockwise",
     "cast_rowwise",
     "fp8_linear",
+    "document_lengths",
+    "embedding",
     "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rms_norm_linear",
     "rope",
+    "rope_qkv",
     "swiglu",
     "swiglu_linear",
 ]

@@ -13,6 +13,9 @@ T, H = 6, 16
 CU = torch.tensor([0, 4, 6, 6], dtype=torch.int32)
 ROPE = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(9, 4), torch.randn(9, 4), torch.arange(T))
 QKV = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(T, 1, 8))
+PLACE = (*ROPE[2:], 2, 1, False)
+PROJECTED, HEAD_NORM, RSTD = torch.randn(T, 32), torch.randn(8), torch.rand(T, 3)
+TOKENS = torch.tensor([1, 3, 3, 0, 10, 3])
 DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
 
@@ -25,6 +28,19 @@ CALLS = {
     "swiglu": (X, True),
     "swiglu_backward": (X[:, :8], X, False),
     "swiglu_backward_recompute": (torch.randn(T, 8), X, False),
+    "rms_norm": (X, torch.randn(H), 1e-5),
+    "add_rms_norm": (X, X, torch.randn(H), 1e-5),
+    "rms_norm_backward": (X, X, X, torch.randn(H), torch.rand(T)),
+    "rope": (*ROPE, True, False),
+    "rope_qkv": (PROJECTED, *PLACE),
+    "rope_qkv_backward": (ROPE[0], None, ROPE[1], *PLACE),
+    "norm_rope_qkv": (PROJECTED, HEAD_NORM, HEAD_NORM, *PLACE[:5], 1e-6, False),
+    "norm_rope_qkv_backward": (*QKV[:2], None, PROJECTED, RSTD, HEAD_NORM, HEAD_NORM, *PLACE),
+    "embedding": (TOKENS, W[:, :8], torch.full((T,), 3), torch.tensor(1), torch.tensor(2), 5.0, 7),
+    "embedding_backward": (X, TOKENS, 11),
+    "embedding_accumulate": (X, TOKENS, torch.zeros(11, H)),
+    "swiglu": (X,),
+    "swiglu_backward": (X[:, :8], X),
     "linear": (X, W, torch.randn(11)),
     "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
     "fp8_cast": (X, "1x128", True, True, False),
@@ -40,6 +56,12 @@ def test_opcheck(name, dtype):
         "rope": (2, 3),
         "rms_norm_backward": (4,),
         "rms_norm_backward_recompute": (4,),
+        "rope_qkv": (1, 2),
+        "rope_qkv_backward": (3, 4),
+        "norm_rope_qkv": (3, 4),
+        "norm_rope_qkv_backward": (4, 7, 8),
+        "embedding_accumulate": (2,),
+        "rms_norm_backward": (4,),
         "linear_cross_entropy": (3,),
         "attention_backward": (5,),
     }
