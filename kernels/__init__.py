@@ -8,11 +8,13 @@ triton, nothing else of steep.
 from .attention import attention, attention_backend
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .lm_head import FusedLMHead
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
+    "FusedLMHead",
     "add_rms_norm",
     "attention",
     "attention_backend",

@@ -14,6 +14,7 @@ CU = torch.tensor([0, 4, 6, 6], dtype=torch.int32)
 ROPE = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(9, 4), torch.randn(9, 4), torch.arange(T))
 QKV = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(T, 1, 8))
 DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
+FP32 = torch.float32
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
 
 CALLS = {
@@ -24,7 +25,8 @@ CALLS = {
     "swiglu": (X,),
     "swiglu_backward": (X[:, :8], X),
     "linear": (X, W, torch.randn(11)),
-    "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
+    "linear_cross_entropy": (X, W, LABELS, torch.rand(T), -100, 0.1, 0.01, FP32, 4, 5, torch.zeros(11, H), True, True),
+    "scale_gradient": (X, torch.tensor(0.5), torch.bfloat16),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
@@ -33,7 +35,10 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, dtype):
-    always_fp32 = {"rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3,), "attention_backward": (5,)}
+    always_fp32 = {
+        "rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3, 10), "scale_gradient": (1,),
+        "attention_backward": (5,),
+    }  # fmt: skip
     fp32 = always_fp32.get(name, ())
     args = [
         a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in fp32 else a
