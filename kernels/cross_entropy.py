@@ -72,6 +72,15 @@ def cross_entropy_cpu(
 
 
 @kernel
+def _load(logits, col, vocab, width, RAGGED: tl.constexpr, EVICT: tl.constexpr):
+    """Logits in fp32, -inf outside the vocabulary; whole vectors of them, whatever V is."""
+    z = tl.load(logits + col, col < width, float("-inf"), eviction_policy=EVICT).to(tl.float32)
+    if RAGGED:
+        z = tl.where(col < vocab, z, float("-inf"))
+    return z
+
+
+@kernel
 def _cross_entropy_kernel(
     LOGITS, DZ, LABELS, SCALE, NLL, LOSS, vocab, width, stride, dz_stride, scale_stride, ignore_index,
     label_smoothing, z_loss,
@@ -101,9 +110,7 @@ def _cross_entropy_kernel(
         z_sum = tl.zeros((LANES,), tl.float32)
         for start in range(0, width, TILE):
             col = start + tile
-            z = tl.load(logits + col, col < width, float("-inf")).to(tl.float32)
-            if RAGGED:
-                z = tl.where(col < vocab, z, float("-inf"))
+            z = _load(logits, col, vocab, width, RAGGED, "")
             top = tl.maximum(top, tl.max(tl.max(z, 2), 0))
             new_shift = top * LOG2E
             e = tl.exp2(tl.fma(z, LOG2E, -new_shift[None, :, None]))
@@ -140,14 +147,13 @@ def _cross_entropy_kernel(
             tl.debug_barrier()
             for start in range(0, width, TILE):
                 col = start + tile
-                z = tl.load(logits + col, col < width, float("-inf"), eviction_policy="evict_first").to(tl.float32)
+                z = _load(logits, col, vocab, width, RAGGED, "evict_first")
                 if DZ.dtype != LOGITS.dtype:
                     # dz lies in the first half of the row: all of this tile is read before any of it is overwritten.
                     tl.debug_barrier()
                 grad = tl.fma(tl.exp2(tl.fma(z, LOG2E, -row_shift)), factor, -offset)
-                tl.store(
-                    dz + col, cast(grad, DZ.dtype.element_ty, INTERPRET), col < width, eviction_policy="evict_first"
-                )
+                grad = cast(grad, DZ.dtype.element_ty, INTERPRET)
+                tl.store(dz + col, grad, col < width, eviction_policy="evict_first")
             tl.debug_barrier()
             p = tl.exp2(tl.fma(target, LOG2E, -row_shift)) / sum_exp
             grad = scale * (slope * p - uniform - confidence)
@@ -164,7 +170,7 @@ def _cross_entropy_kernel(
 def _num_warps(row_bytes: int) -> int:
     """Threads of a row. With 64 registers a thread an SM holds 32 warps: at 8 KB of row a warp those are at most 256 KB
     of rows, 35 MB on 132 SMs (40 MB at V = 152064, one row an SM), and they have 64 KB of loads in flight."""
-    return min(max(next_power_of_2(row_bytes // 8192), 4), 32)
+    return min(max(next_power_of_2(row_bytes // 8192), 1), 32)
 
 
 def cross_entropy_triton(

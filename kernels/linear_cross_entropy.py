@@ -44,7 +44,7 @@ def chunk_plan(tokens: int, row_bytes: int, memory: int, chunk_tokens: int | Non
     two chunks of 8192 rows of 304128 bytes, 2.49 GB.
     """
     limit = chunk_tokens or max(memory // 33 // row_bytes // 128 * 128, 4096)
-    chunk = min(_chunk_size(tokens, limit, 128), tokens)
+    chunk = min(_chunk_size(tokens, limit, min(limit, 128)), tokens)
     return chunk, chunk * row_bytes
 
 
@@ -80,6 +80,7 @@ def _run_chunks(
                 _input_gradient(dz, weight, dx[part])
             else:
                 dx.index_copy_(0, rows[part], _input_gradient(dz, weight, x_c))
+        del x_c  # or the next chunk's would be made beside it
     return nll, loss
 
 
