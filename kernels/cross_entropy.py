@@ -25,34 +25,25 @@ _BLOCK_ROWS = 16  # stay in the cache between the passes
 
 
 def cross_entropy_cpu(
-    logits: torch.Tensor, dz: torch.Tensor | None, labels: torch.Tensor, scale: torch.Tensor | None,
+    logits: torch.Tensor, dz: torch.Tensor | None, labels: torch.Tensor, scale: torch.Tensor,
     nll: torch.Tensor, loss: torch.Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
 ) -> None:  # fmt: skip
-    """As `cross_entropy_triton`; scale None for 1, and no label is `ignore_index`: the caller leaves such rows out."""
+    """As `cross_entropy_triton`, but no label may be `ignore_index`: the caller leaves such rows out."""
     acc = compute_dtype(logits.dtype)
-    rows = len(labels)
-    vectors = [t.view(-1, 1).expand(rows, 1) if t is not None else None for t in (labels, scale, nll, loss)]
-    for start in range(0, rows, _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        z = logits[block].to(acc)
-        label, scale_, nll_, loss_ = (t[block] if t is not None else None for t in vectors)
+    columns = [t.unsqueeze(1) for t in (labels, scale.expand(len(labels)), nll, loss)]
+    for z_out, label, scale_1, nll_out, loss_out, dz_out in zip(
+        *(t.split(_BLOCK_ROWS) for t in (logits, *columns, logits if dz is None else dz))
+    ):
+        z = z_out.to(acc)
         target, top = z.gather(1, label), z.amax(1, keepdim=True)
-        mean = z.mean(1, keepdim=True) if label_smoothing else None
-        if dz is None:
-            torch.add(top - target, z.sub_(top).exp_().sum(1, keepdim=True).log_(), out=nll_)
-        else:
-            # The fused softmax is half the price of log_softmax and exp; the largest probability, which is
-            # 1 / sum(exp(z - top)), gives the log of the sum without the underflow that the label's own could have.
-            p = torch.softmax(z, 1, out=z)
-            torch.sub(top - target, p.amax(1, keepdim=True).log_(), out=nll_)
-        lse = nll_ + target
-        loss_.copy_(nll_)
-        if label_smoothing:
-            loss_.lerp_(lse - mean, label_smoothing)
-        if z_loss:
-            loss_.addcmul_(lse, lse, value=z_loss)
-        if scale_ is not None:
-            loss_.mul_(scale_)
+        mean = z.mean(1, keepdim=True) if label_smoothing else target
+        # The fused softmax is half the price of log_softmax and exp; the largest probability, which is
+        # 1 / sum(exp(z - top)), gives the log of the sum without the underflow that the label's own could have.
+        p = torch.softmax(z, 1, out=z)
+        torch.sub(top - target, p.amax(1, keepdim=True).log_(), out=nll_out)
+        lse = nll_out + target
+        loss_1 = torch.lerp(nll_out, lse - mean, label_smoothing)
+        torch.mul(loss_1.addcmul_(lse, lse, value=z_loss), scale_1, out=loss_out)
         if dz is None:
             continue
         if z_loss:
@@ -60,12 +51,9 @@ def cross_entropy_cpu(
         p.scatter_add_(1, label, p.new_full((1, 1), label_smoothing - 1).expand(len(label), 1))
         if label_smoothing:
             p.sub_(label_smoothing / p.shape[1])
-        if scale_ is not None:
-            p.mul_(scale_)
-        if dz.dtype != p.dtype:
-            dz[block] = p.to(dz.dtype)  # rounded first: dz may share p's memory
-        elif p.data_ptr() != dz[block].data_ptr():
-            dz[block] = p
+        p.mul_(scale_1)
+        if z is not z_out or dz.dtype != logits.dtype:
+            dz_out.copy_(p.to(dz.dtype))  # converted aside first: dz may lie in p's memory
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .linear import linear
 
 # 512 rows: at V = 49152, H = 576 the three GEMMs run within 2 % of their best rate (128 rows lose 15 %) in 100 MB.
 _CHUNK_TOKENS_CPU = 512
-_COMPACT_BELOW = 0.95  # of the rows having a label, gathering them costs less than the GEMMs of the others
+_COMPACT_BELOW = 0.95  # of the rows: gathering them then costs less than the GEMMs of the others
 
 
 def _chunk_size(tokens: int, limit: int, multiple: int) -> int:
@@ -37,15 +37,15 @@ def _chunk_size(tokens: int, limit: int, multiple: int) -> int:
 
 
 def chunk_plan(tokens: int, row_bytes: int, memory: int, chunk_tokens: int | None = None) -> tuple[int, int]:
-    """(rows of a chunk, bytes held by them) on a GPU with `memory` bytes, where a row takes row_bytes.
+    """(rows of a chunk, bytes of the buffers) on a GPU with `memory` bytes, where a row of the buffers has row_bytes.
 
-    3 % of the memory, 2.58 GB of 85 (80 GB cards), at least 4096 rows: each chunk but the first reads and writes all of
-    dW once more, which with 4096 rows costs 7 % of the GEMMs' time and with 8192 3 %. At V = 152064 in bf16, T = 16384:
-    two chunks of 8192 rows of 304128 bytes, 2.49 GB.
+    3 % of the memory, 2.58 GB of 85 (80 GB cards), and at least 4096 rows: each chunk but the first reads and writes
+    all of dW once more, which with 4096 rows costs 7 % of the GEMMs' time and with 8192 3 %. T = 16384 at V = 152064 in
+    bf16: two chunks of 8192 rows of 304128 bytes, 2.49 GB.
     """
     limit = chunk_tokens or max(memory // 33 // row_bytes // 128 * 128, 4096)
-    chunk = min(_chunk_size(tokens, limit, min(limit, 128)), tokens)
-    return chunk, chunk * row_bytes
+    chunk = _chunk_size(tokens, limit, min(limit, 128))
+    return chunk, min(chunk, tokens) * row_bytes
 
 
 def _device_memory(device: torch.device) -> int:
@@ -53,26 +53,26 @@ def _device_memory(device: torch.device) -> int:
 
 
 def _run_chunks(
-    cross_entropy: Callable, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None,
+    cross_entropy: Callable, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor,
     rows: torch.Tensor | None, chunk: int, buffer: torch.Tensor, dx: torch.Tensor | None, dw: torch.Tensor | None,
     add: bool, options: tuple,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(nll, loss) of the `rows` of x (None: all). Writes dx there, and dW to dw, or with `add` adds it."""
+    """(nll, loss) of `rows` of x (None: all). Writes their dx; writes dW to dw, or with `add` adds it."""
     if rows is not None:
         labels = labels.index_select(0, rows)
-        scale = scale.index_select(0, rows) if scale is not None and scale.ndim else scale
+        scale = scale.index_select(0, rows) if scale.ndim else scale
     nll, loss = torch.empty(2, len(labels), dtype=compute_dtype(x.dtype), device=x.device)
     vocab = weight.shape[0]
+    # bf16 gradients of fp32 logits take the first half of each row's memory.
+    dz_buffer = buffer.view(x.dtype)
     for start in range(0, len(labels), chunk):
         part = slice(start, min(start + chunk, len(labels)))
         x_c = x[part] if rows is None else x.index_select(0, rows[part])
         logits = _mm(x_c, weight.T, buffer[: len(x_c), :vocab])
-        dz = None
-        if dx is not None or dw is not None:
-            # bf16 gradients of fp32 logits: the first half of each row's memory.
-            dz = logits if buffer.dtype == x.dtype else buffer.view(x.dtype)[: len(x_c), :vocab]
-        scale_c = scale[part] if scale is not None and scale.ndim else scale
-        cross_entropy(logits, dz, labels[part], scale_c, nll[part], loss[part], *options)
+        dz = dz_buffer[: len(x_c), :vocab]
+        grad = dx is not None or dw is not None
+        scale_c = scale[part] if scale.ndim else scale
+        cross_entropy(logits, dz if grad else None, labels[part], scale_c, nll[part], loss[part], *options)
         if dw is not None:
             _weight_gradient(dz, x_c, dw, add or start > 0)
         if dx is not None:
@@ -94,10 +94,13 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def _weight_gradient(dz: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, add: bool) -> None:
     """dw = dz^T x or dw += dz^T x, in fp32: in the GEMM where one has fp32 output, else by one rounding per chunk."""
-    if dz.dtype == dw.dtype or (dz.is_cuda and not add):
-        dw.addmm_(dz.T, x) if add else _mm(dz.T, x, dw)
-    elif dz.is_cuda:
-        torch.addmm(dw, dz.T, x, out_dtype=dw.dtype, out=dw)
+    if dz.dtype == dw.dtype or dz.is_cuda:
+        if not add:
+            _mm(dz.T, x, dw)
+        elif dz.dtype == dw.dtype:
+            dw.addmm_(dz.T, x)
+        else:
+            torch.addmm(dw, dz.T, x, out_dtype=dw.dtype, out=dw)
     else:
         product = torch.mm(dz.T, x)
         dw.add_(product) if add else dw.copy_(product)
@@ -107,9 +110,9 @@ def _input_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -
     return torch.mm(dz, weight, out=out) if dz.is_cuda else out.copy_(linear(dz, weight.T))
 
 
-def _new_dw(weight: torch.Tensor, labels: int, need: bool) -> torch.Tensor:
+def _new_dw(weight: torch.Tensor, rows: int, need: bool) -> torch.Tensor:
     """Left to the first chunk to write, if there is one."""
-    new = torch.empty if labels else torch.zeros
+    new = torch.empty if rows else torch.zeros
     return new(weight.shape if need else 0, dtype=compute_dtype(weight.dtype), device=weight.device)
 
 
@@ -119,6 +122,9 @@ def _refuse_recomputation() -> None:
             "linear_cross_entropy: called with grad_buffer inside a backward pass (activation checkpointing?), which "
             "would add dW twice; keep it out of the checkpointed region"
         )
+
+
+# --- torch reference -------------------------------------------------------------------------------------------------
 
 
 def _lce_cpu(
@@ -132,14 +138,15 @@ def _lce_cpu(
         raise ValueError(f"linear_cross_entropy: num_valid is {num_valid}, but {len(rows)} labels are not ignored")
     if grad_buffer is not None:
         _refuse_recomputation()
+    scale = torch.ones((), dtype=torch.float32) if scale is None else scale
     dx = torch.zeros(x.shape if need_dx else 0, dtype=x.dtype)
     dw = _new_dw(weight, len(rows), need_dw and grad_buffer is None)
-    target = (grad_buffer if grad_buffer is not None else dw) if need_dw else None
+    target = dw if grad_buffer is None else grad_buffer
     chunk = _chunk_size(len(rows), chunk_tokens or _CHUNK_TOKENS_CPU, 1)
     buffer = torch.empty(chunk, weight.shape[0], dtype=logits_dtype)
     nll, loss = _run_chunks(
-        cross_entropy_cpu, x, weight, labels, scale, rows, chunk, buffer, dx if need_dx else None, target,
-        grad_buffer is not None, (ignore_index, label_smoothing, z_loss),
+        cross_entropy_cpu, x, weight, labels, scale, rows, chunk, buffer, dx if need_dx else None,
+        target if need_dw else None, grad_buffer is not None, (ignore_index, label_smoothing, z_loss),
     )  # fmt: skip
     return loss.sum(), nll.new_zeros(len(x)).index_copy_(0, rows, nll), dx, dw
 
@@ -156,36 +163,36 @@ def _lce_triton(
         _refuse_recomputation()
     (tokens, hidden), vocab = x.shape, weight.shape[0]
     labels = labels.contiguous()
-    scale = x.new_ones((), dtype=torch.float32) if scale is None else scale.contiguous()
-    rows, truth = None, None
+    truth = torch.ones((), dtype=torch.float32, device=x.device)
+    scale = truth if scale is None else scale.contiguous()
+    rows = None
     if num_valid is not None:
         valid = labels != ignore_index
-        # 1, or NaN if num_valid is wrong. Through the scale that reaches the loss and every gradient.
-        truth = torch.where(valid.sum() == num_valid, 1.0, float("nan"))
+        # 1, or NaN if num_valid is wrong: through the scale that reaches the loss and every gradient.
+        truth = torch.where(valid.sum() == num_valid, truth, float("nan"))
         scale = scale * truth
         if num_valid < _COMPACT_BELOW * tokens:
             rows = torch.nonzero_static(valid, size=num_valid, fill_value=0).squeeze(1)
-    labeled = tokens if rows is None else num_valid
+    count = tokens if rows is None else len(rows)
 
-    if rows is None or not need_dx:
-        dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
-    else:
+    if need_dx and rows is not None:
         dx = (truth - 1).to(x.dtype).expand(x.shape).contiguous()
-    dw = _new_dw(weight, labeled, need_dw and grad_buffer is None)
-    target = (grad_buffer if grad_buffer is not None else dw) if need_dw else None
+    else:
+        dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
+    dw = _new_dw(weight, count, need_dw and grad_buffer is None)
+    target = dw if grad_buffer is None else grad_buffer
     # Rows begin at multiples of 128 bytes: whole vectors for the row kernel and for the GEMMs, whatever V is.
     width = cdiv(vocab, 64) * 64
-    row_bytes = width * logits_dtype.itemsize + (hidden * x.element_size() if rows is not None else 0)
-    chunk, _ = chunk_plan(labeled, row_bytes, _device_memory(x.device), chunk_tokens)
-    buffer = torch.empty(chunk, width, dtype=logits_dtype, device=x.device)
+    row_bytes = width * logits_dtype.itemsize + (0 if rows is None else hidden * x.element_size())
+    chunk, _ = chunk_plan(count, row_bytes, _device_memory(x.device), chunk_tokens)
+    buffer = torch.empty(min(chunk, count), width, dtype=logits_dtype, device=x.device)
     nll, loss = _run_chunks(
-        cross_entropy_triton, x, weight, labels, scale, rows, max(chunk, 1), buffer, dx if need_dx else None, target,
-        grad_buffer is not None, (ignore_index, label_smoothing, z_loss),
+        cross_entropy_triton, x, weight, labels, scale, rows, chunk, buffer, dx if need_dx else None,
+        target if need_dw else None, grad_buffer is not None, (ignore_index, label_smoothing, z_loss),
     )  # fmt: skip
     if rows is not None:
         nll = nll.new_zeros(tokens).index_copy_(0, rows, nll)
-    total = loss.sum() if truth is None else loss.sum() * truth
-    return total, nll, dx, dw
+    return loss.sum() * truth, nll, dx, dw
 
 
 @kernel
@@ -292,8 +299,8 @@ def linear_cross_entropy(
 
     Args:
         x, weight: [T, H] and [V, H], of one dtype; the loss is differentiable in both.
-        labels: [T] int64; ignore_index where there is no target, else 0 <= label < V (another one: torch's index error on
-            a CPU, NaN in loss and gradients on a GPU).
+        labels: [T] int64; ignore_index where there is no target, else 0 <= label < V. (Another one: torch's index error
+            on a CPU, NaN in loss and gradients on a GPU.)
         scale: fp32, without gradient: 0-dim, usually 1 / (targets in the global batch), or a weight per token [T], by
             which gradients per token are chosen. None for 1.
         chunk_tokens: rows of logits held at once, about. None: what 3 % of the GPU's memory holds (`chunk_plan`).
