@@ -104,15 +104,26 @@ def swiglu() -> Iterator[Case]:
 
 def linear_cross_entropy() -> Iterator[Case]:
     scalar, labels, nll = meta(dtype=FP32), meta(64, dtype=INT64), meta(64, dtype=FP32)
+    rest = (labels, scalar, nll, nll, -100, 0.0, 0.0)
     for vocab in VOCABULARY:
-        args = (meta(64, vocab), labels, scalar, nll, -100, True)
-        yield Case(
-            f"cross entropy V={vocab}",
-            "linear_cross_entropy",
-            "_cross_entropy_triton",
-            args,
-            {"_cross_entropy_kernel": WIDE},
-        )
+        # bf16 logits become dz where they stand; fp32 logits become bf16 dz in the first half of each row.
+        bf16, fp32 = meta(64, vocab), meta(64, vocab, dtype=FP32)
+        for name, logits, dz, needs in (
+            ("bf16", bf16, bf16, WIDE),
+            ("bf16 loss only", bf16, None, ("ld_v4",)),
+            ("fp32", fp32, fp32.view(torch.bfloat16)[:, :vocab], ("ld_v4",)),
+        ):
+            yield Case(
+                f"cross entropy V={vocab} {name}",
+                "cross_entropy",
+                "cross_entropy_triton",
+                (logits, dz, *rest),
+                {"_cross_entropy_kernel": needs},
+            )
+    for dtype in (torch.bfloat16, FP32):
+        args = (meta(152064, 3584, dtype=FP32), scalar, dtype)
+        label = f"scale gradient to {str(dtype).removeprefix('torch.')}"
+        yield Case(label, "linear_cross_entropy", "_scale_triton", args, {"_scale_kernel": WIDE})
 
 
 def attention() -> Iterator[Case]:

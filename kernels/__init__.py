@@ -12,6 +12,7 @@ from .fp8_linear import fp8_linear
 from .fused_linear import rms_norm_linear, swiglu_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .lm_head import FusedLMHead
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .rope_qkv import rope_qkv
@@ -19,6 +20,7 @@ from .swiglu import swiglu
 
 __all__ = [
     "NeftuneNoise",
+    "FusedLMHead",
     "add_rms_norm",
     "attention",
     "attention_backend",

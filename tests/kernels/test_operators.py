@@ -17,6 +17,7 @@ PLACE = (*ROPE[2:], 2, 1, False)
 PROJECTED, HEAD_NORM, RSTD = torch.randn(T, 32), torch.randn(8), torch.rand(T, 3)
 TOKENS = torch.tensor([1, 3, 3, 0, 10, 3])
 DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
+FP32 = torch.float32
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
 
 CALLS = {
@@ -36,8 +37,9 @@ CALLS = {
     "embedding_backward": (X, TOKENS, 11),
     "embedding_accumulate": (X, TOKENS, torch.zeros(11, H)),
     "linear": (X, W, torch.randn(11)),
-    "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
     "fp8_cast": (X, "1x128", True, True, False),
+    "linear_cross_entropy": (X, W, LABELS, torch.rand(T), -100, 0.1, 0.01, FP32, 4, 5, torch.zeros(11, H), True, True),
+    "scale_gradient": (X, torch.tensor(0.5), torch.bfloat16),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
@@ -55,7 +57,8 @@ def test_opcheck(name, dtype):
         "norm_rope_qkv": (3, 4),
         "norm_rope_qkv_backward": (4, 7, 8),
         "embedding_accumulate": (2,),
-        "linear_cross_entropy": (3,),
+        "linear_cross_entropy": (3, 10),
+        "scale_gradient": (1,),
         "attention_backward": (5,),
     }
     fp32 = always_fp32.get(name, ())
