@@ -6,8 +6,11 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .grouped_mm import grouped_mm, grouped_weight_grad
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .moe import moe_experts, moe_mlp, permute, unpermute
+from .moe_routing import expert_load, load_balancing_loss, route, sort_by_expert
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
@@ -16,9 +19,19 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_backend",
+    "expert_load",
+    "grouped_mm",
+    "grouped_weight_grad",
     "linear",
     "linear_cross_entropy",
+    "load_balancing_loss",
+    "moe_experts",
+    "moe_mlp",
+    "permute",
     "rms_norm",
     "rope",
+    "route",
+    "sort_by_expert",
     "swiglu",
+    "unpermute",
 ]

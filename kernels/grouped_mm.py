@@ -134,17 +134,18 @@ def _zero_tail_kernel(
     Y, OFFSETS, experts, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """Zero those of ROWS rows that lie past the last offset: none, usually."""
-    first = tl.program_id(0) * ROWS
-    col = tl.arange(0, BLOCK)
-    zero = tl.zeros((BLOCK,), tl.float32).to(Y.dtype.element_ty)
-    for row in range(tl.maximum(first, tl.load(OFFSETS + experts - 1)), tl.minimum(first + ROWS, rows)):
+    used = tl.load(OFFSETS + experts - 1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    if used < tl.minimum(tl.program_id(0) * ROWS + ROWS, rows):
+        zero = tl.zeros((ROWS, BLOCK), tl.float32).to(Y.dtype.element_ty)
         for start in range(0, width, BLOCK):
-            tl.store(Y + row.to(tl.int64) * width + start + col, zero, start + col < width)
+            col = start + tl.arange(0, BLOCK)[None, :]
+            tl.store(Y + row.to(tl.int64) * width + col, zero, (row >= used) & (row < rows) & (col < width))
 
 
 def tile_sizes(dtype: torch.dtype, shared_bytes: int) -> dict[str, int]:
-    """Tiles by the shared memory of a block. 128x256 of sm_80 and sm_90 reads 86 bytes of the L2 per MFLOP, 128x128
-    a third more; it must not spill (bench/sm90_cases.py)."""
+    """Tiles by the shared memory of an SM. 128x256 reads 12 bytes of the L2 per 1000 FLOPs, 128x128 16: at
+    the rate of sm_90's tensor cores the L2 is what the smaller tile would wait for."""
     if dtype == torch.float32:
         tiles = (64, 64, 32, 4, 2)
     elif shared_bytes >= 160 * 1024:
@@ -155,15 +156,14 @@ def tile_sizes(dtype: torch.dtype, shared_bytes: int) -> dict[str, int]:
 
 
 def _options(x: torch.Tensor) -> dict:
-    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 227 * 1024
+    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor if x.is_cuda else 2**30
     return {**tile_sizes(x.dtype, shared), "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
 
 
 def _zero_tail(y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     rows, width = y.shape
     launch(
-        _zero_tail_kernel, (cdiv(rows, 128),), y, offsets, offsets.shape[0], rows, width,
-        ROWS=128, BLOCK=min(next_power_of_2(width), 1024),
+        _zero_tail_kernel, (cdiv(rows, 64),), y, offsets, offsets.shape[0], rows, width, ROWS=64, BLOCK=64
     )  # fmt: skip
     return y
 
@@ -181,9 +181,7 @@ def _grouped_mm_triton(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     return _zero_tail(y, offsets)
 
 
-def _grouped_mm_dw_triton(
-    dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _grouped_mm_dw_triton(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     width, depth = dy.shape[1], x.shape[1]
     dw = dy.new_empty(offsets.shape[0], width, depth, dtype=dtype)
@@ -204,7 +202,7 @@ def _torch_serves(*matrices: torch.Tensor) -> bool:
         and torch.cuda.get_device_capability(m.device)[0] == 9
         and m.numel()
         and m.data_ptr() % 16 == 0
-        and sorted(m.stride()[-2:])[0] == 1
+        and min(m.stride()[-2:]) == 1
         and not any(size % 8 for size in m.shape[1:])
         and not any(stride % 8 for stride in m.stride() if stride != 1)
         for m in matrices
@@ -308,5 +306,5 @@ def grouped_weight_grad(
 
 def _check_offsets(function: str, offsets: torch.Tensor, experts: int | None, x: torch.Tensor) -> None:
     check_tensor(f"{function}: offsets", offsets, (experts,), dtype=torch.int32, like=x)
-    if not offsets.shape[0] or x.shape[0] >= 2**31:
-        raise ValueError(f"{function}: {offsets.shape[0]} experts, {x.shape[0]} rows; allowed: 1 or more, below 2^31")
+    if not offsets.shape[0] or x.shape[0] > 2**30:
+        raise ValueError(f"{function}: {offsets.shape[0]} experts, {x.shape[0]} rows; allowed: 1 or more, 2^30 at most")
