@@ -41,6 +41,7 @@ def test_of_equal_logits_the_lowest_index_comes_first(path):
     assert route(logits, 4)[1].tolist() == [[1, 2, 4, 0], [3, 2, 0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in the interpreter
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_has_valid_experts(path, bad):
     logits = torch.randn(3, 6)

@@ -14,6 +14,8 @@ CU = torch.tensor([0, 4, 6, 6], dtype=torch.int32)
 ROPE = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(9, 4), torch.randn(9, 4), torch.arange(T))
 QKV = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(T, 1, 8))
 DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
+OFFSETS, EXPERTS = torch.tensor([2, 2, 6], dtype=torch.int32), torch.tensor([[0, 2], [2, 1], [0, 1]], dtype=torch.int32)
+SHARES, ORDER = torch.rand(3, 2), torch.tensor([[0, 4], [5, 2], [1, 3]], dtype=torch.int32)
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
 
 CALLS = {
@@ -25,6 +27,16 @@ CALLS = {
     "swiglu_backward": (X[:, :8], X),
     "linear": (X, W, torch.randn(11)),
     "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
+    "grouped_mm": (X, torch.randn(3, 5, H), OFFSETS),
+    "grouped_mm_dw": (X[:, :5], X, OFFSETS, torch.float32),
+    "moe_route": (torch.randn(T, 5), 2, True),
+    "moe_route_backward": (SHARES, SHARES, EXPERTS, torch.randn(3, 5), False),
+    "moe_sort": (EXPERTS, 3),
+    "moe_expert_load": (EXPERTS, 3),
+    "moe_permute": (X[:3], ORDER),
+    "moe_unpermute": (X, SHARES, ORDER),
+    "moe_unpermute_backward": (X[:3], X, SHARES, ORDER),
+    "moe_weighted_swiglu_backward": (torch.randn(T, 8), X, SHARES, ORDER.flatten()),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
@@ -33,7 +45,11 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, dtype):
-    always_fp32 = {"rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3,), "attention_backward": (5,)}
+    always_fp32 = {
+        "rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3,), "attention_backward": (5,),
+        "moe_route_backward": (0, 1), "moe_unpermute": (1,), "moe_unpermute_backward": (2,),
+        "moe_weighted_swiglu_backward": (2,),
+    }  # fmt: skip
     fp32 = always_fp32.get(name, ())
     args = [
         a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in fp32 else a
