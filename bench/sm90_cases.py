@@ -110,22 +110,21 @@ def moe() -> Iterator[Case]:
     hidden, width, _, top_k = MIXTRAL
     x, y, inverse = meta(64, hidden), meta(64 * top_k, hidden), meta(64, top_k, dtype=INT32)
     weights, gather = meta(64, top_k, dtype=FP32), meta(64 * top_k, dtype=INT32)
-    for function, args, kernel in (
-        ("_permute_triton", (x, inverse), "_permute_kernel"),
-        ("_unpermute_triton", (y, weights, inverse), "_unpermute_kernel"),
-        ("_unpermute_backward_triton", (x, y, weights, inverse), "_unpermute_backward_kernel"),
-        (
-            "_weighted_swiglu_backward_triton",
-            (meta(64 * top_k, width), meta(64 * top_k, 2 * width), weights, gather),
-            "_weighted_swiglu_backward_kernel",
-        ),
-    ):
-        yield Case(f"moe {function}", "moe", function, args, {kernel: WIDE})
+    rows, gate_up = meta(64 * top_k, width), meta(64 * top_k, 2 * width)
+    bytes_bound: tuple[tuple[str, tuple], ...] = (
+        ("permute", (x, inverse)),
+        ("unpermute", (y, weights, inverse)),
+        ("unpermute_backward", (x, y, weights, inverse)),
+        ("weighted_swiglu_backward", (rows, gate_up, weights, gather)),
+    )
+    for name, args in bytes_bound:
+        yield Case(f"moe {name}", "moe", f"_{name}_triton", args, {f"_{name}_kernel": WIDE})
     for experts, top_k in ((8, 2), (128, 8), (256, 8)):
-        weights, ids = meta(64, top_k, dtype=FP32), meta(64, top_k, dtype=INT32)
-        for function, args in (
-            ("_route_triton", (meta(64, experts), top_k, True)),
-            ("_route_backward_triton", (weights, weights, ids, meta(64, experts), False)),
+        logits, weights, ids = meta(64, experts), meta(64, top_k, dtype=FP32), meta(64, top_k, dtype=INT32)
+        routing: tuple[tuple[str, tuple], ...] = (
+            ("_route_triton", (logits, top_k, True)),
+            ("_route_backward_triton", (weights, weights, ids, logits, False)),
             ("_sort_triton", (ids, experts)),
-        ):
-            yield Case(f"moe {function} E={experts}", "moe_routing", function, args, {})
+        )
+        for name, args in routing:
+            yield Case(f"moe {name} E={experts}", "moe_routing", name, args, {})

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor, compute_dtype, define_op
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, operand, persistent_programs, tl
+from .linear import linear
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def _grouped_mm_cpu(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
     y = x.new_empty(x.shape[0], weight.shape[1])
     segments = _segments(offsets, x.shape[0])
     for (start, end), w in zip(segments, weight):
-        torch.mm(x[start:end], w.T, out=y[start:end])
+        y[start:end] = linear(x[start:end], w)
     y[segments[-1][1] :].zero_()
     return y
 
@@ -45,7 +46,7 @@ def _grouped_mm_cpu(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
 def _grouped_mm_dw_cpu(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dw = dy.new_empty(len(offsets), dy.shape[1], x.shape[1], dtype=dtype)
     for (start, end), out in zip(_segments(offsets, x.shape[0]), dw):
-        torch.mm(dy[start:end].T.to(dtype), x[start:end].to(dtype), out=out)
+        out.copy_(linear(dy[start:end].T.to(dtype), x[start:end].T.to(dtype)))
     return dw
 
 

@@ -153,6 +153,8 @@ def _weighted_swiglu_backward_kernel(
         out = D_GATE_UP + row * (2 * width) + col
         tl.store(out, cast(dh * up * s * (1.0 + gate * (1.0 - s)), dtype, INTERPRET), mask)
         tl.store(out + width, cast(dh * silu, dtype, INTERPRET), mask)
+        # Several threads may hold one element of a short block: all have read it before one overwrites it.
+        tl.debug_barrier()
         tl.store(A + row * width + col, cast(w * h, dtype, INTERPRET), mask)
     tl.store(DW + slot, tl.sum(dot, 0))
 
