@@ -1,6 +1,7 @@
 """The cases of `steep bench sm90`: every Triton kernel at the shapes of 7B to 24B models. One function a kernel file.
 
 HIDDEN: Qwen2.5-7B, Mistral-7B, Mistral-Small-24B; VOCABULARY: Mistral, Mistral-Small, Qwen2.5.
+MIXTRAL: hidden and intermediate size, experts, experts of a token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ HIDDEN = (3584, 4096, 5120)
 VOCABULARY = (32768, 131072, 152064)
 INTERMEDIATE = {3584: 18944, 4096: 14336, 5120: 32768}
 HEAD_DIM = (64, 80, 96, 128)
+MIXTRAL = (4096, 14336, 8, 2)
 FP32, INT32, INT64 = torch.float32, torch.int32, torch.int64
 WIDE = ("ld_v4", "st_v4")
 
@@ -29,6 +31,8 @@ def cases() -> Iterator[Case]:
     yield from linear_cross_entropy()
     yield from attention()
     yield from fp8()
+    yield from grouped_mm()
+    yield from moe()
 
 
 def rms_norm() -> Iterator[Case]:
@@ -152,3 +156,44 @@ def fp8() -> Iterator[Case]:
     ):
         args = (meta(64, HIDDEN[0]), scaling, rows, columns, False)
         yield Case(f"fp8 cast {scaling} rows={rows} columns={columns}", "fp8", "_fp8_cast_triton", args, needs)
+
+
+def grouped_mm() -> Iterator[Case]:
+    hidden, width, experts, top_k = MIXTRAL
+    rows, offsets = 64 * top_k, meta(experts, dtype=INT32)
+    for dtype in (torch.bfloat16, FP32):
+        x, gate_up = meta(rows, hidden, dtype=dtype), meta(rows, 2 * width, dtype=dtype)
+        weight = meta(experts, 2 * width, hidden, dtype=dtype)
+        tensor_cores = ("wgmma", "cp_async") if dtype == torch.bfloat16 else ("cp_async",)
+        for label, function, args, kernel in (
+            ("y", "_grouped_mm_triton", (x, weight, offsets), "_rows_kernel"),
+            ("dx", "_grouped_mm_triton", (gate_up, weight.transpose(1, 2), offsets), "_rows_kernel"),
+            ("dw", "_grouped_mm_dw_triton", (gate_up, x, offsets, dtype), "_weight_kernel"),
+            ("dw fp32", "_grouped_mm_dw_triton", (gate_up, x, offsets, FP32), "_weight_kernel"),
+        ):
+            needs = {kernel: (*tensor_cores, "st_v4")}
+            yield Case(f"grouped_mm {label} {str(dtype).removeprefix('torch.')}", "grouped_mm", function, args, needs)
+
+
+def moe() -> Iterator[Case]:
+    hidden, width, _, top_k = MIXTRAL
+    x, y, inverse = meta(64, hidden), meta(64 * top_k, hidden), meta(64, top_k, dtype=INT32)
+    weights, gather = meta(64, top_k, dtype=FP32), meta(64 * top_k, dtype=INT32)
+    rows, gate_up = meta(64 * top_k, width), meta(64 * top_k, 2 * width)
+    bytes_bound: tuple[tuple[str, tuple], ...] = (
+        ("permute", (x, inverse)),
+        ("unpermute", (y, weights, inverse)),
+        ("unpermute_backward", (x, y, weights, inverse)),
+        ("weighted_swiglu_backward", (rows, gate_up, weights, gather)),
+    )
+    for name, args in bytes_bound:
+        yield Case(f"moe {name}", "moe", f"_{name}_triton", args, {f"_{name}_kernel": WIDE})
+    for experts, top_k in ((8, 2), (128, 8), (256, 8)):
+        logits, weights, ids = meta(64, experts), meta(64, top_k, dtype=FP32), meta(64, top_k, dtype=INT32)
+        routing: tuple[tuple[str, tuple], ...] = (
+            ("_route_triton", (logits, top_k, True)),
+            ("_route_backward_triton", (weights, weights, ids, logits, False)),
+            ("_sort_triton", (ids, experts)),
+        )
+        for name, args in routing:
+            yield Case(f"moe {name} E={experts}", "moe_routing", name, args, {})

@@ -10,9 +10,12 @@ from .embedding import NeftuneNoise, document_lengths, embedding
 from .fp8 import cast_blockwise, cast_rowwise
 from .fp8_linear import fp8_linear
 from .fused_linear import rms_norm_linear, swiglu_linear
+from .grouped_mm import grouped_mm, grouped_weight_grad
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lm_head import FusedLMHead
+from .moe import moe_experts, moe_mlp, permute, unpermute
+from .moe_routing import expert_load, load_balancing_loss, route, sort_by_expert
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .rope_qkv import rope_qkv
@@ -29,12 +32,23 @@ __all__ = [
     "fp8_linear",
     "document_lengths",
     "embedding",
+    "expert_load",
+    "grouped_mm",
+    "grouped_weight_grad",
     "linear",
     "linear_cross_entropy",
+    "load_balancing_loss",
+    "moe_experts",
+    "moe_mlp",
+    "permute",
     "rms_norm",
     "rms_norm_linear",
     "rope",
     "rope_qkv",
     "swiglu",
     "swiglu_linear",
+    "route",
+    "sort_by_expert",
+    "swiglu",
+    "unpermute",
 ]

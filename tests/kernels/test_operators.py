@@ -18,6 +18,8 @@ PROJECTED, HEAD_NORM, RSTD = torch.randn(T, 32), torch.randn(8), torch.rand(T, 3
 TOKENS = torch.tensor([1, 3, 3, 0, 10, 3])
 DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
 FP32 = torch.float32
+OFFSETS, EXPERTS = torch.tensor([2, 2, 6], dtype=torch.int32), torch.tensor([[0, 2], [2, 1], [0, 1]], dtype=torch.int32)
+SHARES, ORDER = torch.rand(3, 2), torch.tensor([[0, 4], [5, 2], [1, 3]], dtype=torch.int32)
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
 
 CALLS = {
@@ -40,6 +42,16 @@ CALLS = {
     "fp8_cast": (X, "1x128", True, True, False),
     "linear_cross_entropy": (X, W, LABELS, torch.rand(T), -100, 0.1, 0.01, FP32, 4, 5, torch.zeros(11, H), True, True),
     "scale_gradient": (X, torch.tensor(0.5), torch.bfloat16),
+    "grouped_mm": (X, torch.randn(3, 5, H), OFFSETS),
+    "grouped_mm_dw": (X[:, :5], X, OFFSETS, torch.float32),
+    "moe_route": (torch.randn(T, 5), 2, True),
+    "moe_route_backward": (SHARES, SHARES, EXPERTS, torch.randn(3, 5), False),
+    "moe_sort": (EXPERTS, 3),
+    "moe_expert_load": (EXPERTS, 3),
+    "moe_permute": (X[:3], ORDER),
+    "moe_unpermute": (X, SHARES, ORDER),
+    "moe_unpermute_backward": (X[:3], X, SHARES, ORDER),
+    "moe_weighted_swiglu_backward": (torch.randn(T, 8), X, SHARES, ORDER.flatten()),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
@@ -60,6 +72,10 @@ def test_opcheck(name, dtype):
         "linear_cross_entropy": (3, 10),
         "scale_gradient": (1,),
         "attention_backward": (5,),
+        "moe_route_backward": (0, 1),
+        "moe_unpermute": (1,),
+        "moe_unpermute_backward": (2,),
+        "moe_weighted_swiglu_backward": (2,),
     }
     fp32 = always_fp32.get(name, ())
     args = [
