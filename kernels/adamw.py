@@ -29,9 +29,9 @@ from .moments import (
 )  # fmt: skip
 from .philox import philox_bits, philox_block
 
-# Philox streams of step t are these plus t. One random word serves both moments: its low half exp_avg, its high half
-# exp_avg_sq; the low half of another one serves the weight.
-_MOMENT_STREAM, _WEIGHT_STREAM = 1 << 32, 2 << 32
+# One random word (stream: the step) serves an element: its low half exp_avg, its high half exp_avg_sq, and the high half
+# of its product with an odd number, which permutes the words, the weight.
+_ODD = 0x9E3779B1
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def _adamw_cpu(
     if skip is not None and skip.item() != 0:
         return
     scale = 1.0 if grad_scale is None else grad_scale.item()
-    time, stream = step.float(), int(step)
+    time = step.float()
     options = {
         "lr": lr.item(), "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay,
         "amsgrad": False, "maximize": False,
@@ -66,12 +66,13 @@ def _adamw_cpu(
             w, m, v = _read_weight(*stored), _read_moment(*m_stored), _read_moment(*v_stored)
             g = grad[piece].float()
             _fused_step([w, g if scale == 1.0 else g * scale, m, v], time, options)
-            if m is not m_stored[0] or v is not v_stored[0]:
-                noise = philox_bits(seed, _MOMENT_STREAM + stream, first + start, len(w))
-                _write_moment(m, *m_stored, noise & 0xFFFF)
-                _write_moment(v, *v_stored, noise >> 16)
+            word = None
+            if m is not m_stored[0] or v is not v_stored[0] or (w is not stored[0] and residual is None):
+                word = philox_bits(seed, int(step), first + start, len(w))
+            _write_moment(m, *m_stored, None if word is None else word & 0xFFFF)
+            _write_moment(v, *v_stored, None if word is None else word >> 16)
             if w is not stored[0]:
-                _write_weight(w, *stored, seed, _WEIGHT_STREAM + stream, first + start)
+                _write_weight(w, *stored, None if word is None else (word * _ODD & 0xFFFFFFFF) >> 16)
 
 
 def _fused_step(tensors: list[Tensor], step: Tensor, options: dict) -> None:
@@ -96,9 +97,9 @@ def _read_weight(weight: Tensor, residual: Tensor | None) -> Tensor:
     return (weight.view(torch.int16).to(torch.int32) << 16).add_(residual).view(torch.float32)
 
 
-def _write_weight(w: Tensor, weight: Tensor, residual: Tensor | None, seed: int, stream: int, first: int) -> None:
+def _write_weight(w: Tensor, weight: Tensor, residual: Tensor | None, noise: Tensor) -> None:
     if residual is None:
-        weight.copy_(round_stochastic(w, philox_bits(seed, stream, first, len(w)) & 0xFFFF))
+        weight.copy_(round_stochastic(w, noise))
     elif residual.dtype == torch.float32:
         weight.copy_(w)
     else:
@@ -153,14 +154,13 @@ def _adamw_kernel(
     step = tl.load(STEP).to(tl.int64)
     lr = tl.load(LR).to(tl.float64)
     step_size = (lr / _bias_correction(complement1, step)).to(tl.float32)
-    root_correction = tl.sqrt_rn(_bias_correction(complement2, step).to(tl.float32))
+    root_scale = tl.div_rn(1.0, tl.sqrt_rn(_bias_correction(complement2, step).to(tl.float32)))
     decay = (1.0 - lr * weight_decay).to(tl.float32)
     grad_scale = 1.0 if GRAD_SCALE is None else tl.load(GRAD_SCALE).to(tl.float32)
 
     for offset in range(0, count, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         mask = i < count if ALIGNED else (i < count) & (start + i >= 0)
-        index = first_index + start + offset
         g = tl.load(grad + i, mask, 0.0).to(tl.float32) * grad_scale
         if RESIDUAL is None:
             w = tl.load(param + i, mask, 0.0).to(tl.float32)
@@ -174,26 +174,28 @@ def _adamw_kernel(
 
         m = tl.fma(complement1, g - m, m)
         v = tl.fma(complement2 * g, g, v * beta2)
-        w = w * decay - step_size * m / (tl.sqrt(v) / root_correction + eps)
+        w = w * decay - step_size * m / (tl.sqrt(v) * root_scale + eps)
 
-        noise = 0
-        if EXP_AVG.dtype.element_ty != tl.float32 or EXP_AVG_SQ.dtype.element_ty != tl.float32:
-            noise = philox_block(seed, (1 << 32) + step, index, BLOCK)
-        _store_moment(exp_avg, exp_avg_scale, m, noise & 0xFFFF, i, mask, offset, count, BLOCK)
-        _store_moment(exp_avg_sq, exp_avg_sq_scale, v, noise >> 16, i, mask, offset, count, BLOCK)
-        if RESIDUAL is not None and RESIDUAL.dtype.element_ty == tl.int16:
+        if EXP_AVG.dtype.element_ty == tl.float32 and EXP_AVG_SQ.dtype.element_ty == tl.float32 and (
+            PARAM.dtype.element_ty == tl.float32 or RESIDUAL is not None
+        ):
+            word = 0  # nothing is rounded
+        else:
+            word = philox_block(seed, step, first_index + start + offset, BLOCK)
+        _store_moment(exp_avg, exp_avg_scale, m, word & 0xFFFF, i, mask, offset, count, BLOCK)
+        _store_moment(exp_avg_sq, exp_avg_sq_scale, v, word >> 16, i, mask, offset, count, BLOCK)
+        if PARAM.dtype.element_ty == tl.float32:
+            tl.store(param + i, w, mask)
+        elif RESIDUAL is None:
+            tl.store(param + i, round_stochastic_block(w, (word * 0x9E3779B1) >> 16), mask)
+        elif RESIDUAL.dtype.element_ty == tl.float32:
+            tl.store(param + i, cast(w, tl.bfloat16, INTERPRET), mask)
+            tl.store(residual + i, w, mask)
+        else:
             bits = w.to(tl.int32, bitcast=True)
             high = (bits + 0x8000) >> 16
             tl.store(param + i, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask)
             tl.store(residual + i, (bits - (high << 16)).to(tl.int16), mask)
-        elif RESIDUAL is not None:
-            tl.store(residual + i, w, mask)
-            tl.store(param + i, cast(w, tl.bfloat16, INTERPRET), mask)
-        elif PARAM.dtype.element_ty == tl.bfloat16:
-            noise = philox_block(seed, (2 << 32) + step, index, BLOCK) & 0xFFFF
-            tl.store(param + i, round_stochastic_block(w, noise), mask)
-        else:
-            tl.store(param + i, w, mask)
 
 
 @kernel
@@ -221,9 +223,11 @@ def _bias_correction(complement, step):
 def _load_moment(pointer, scale, i, mask, offset, count, BLOCK: tl.constexpr):
     stored = tl.load(pointer + i, mask, 0)
     if scale is None:
-        return stored.to(tl.float32)
-    block = offset // 256 + tl.arange(0, BLOCK // 256)
-    return decode_block(stored, tl.load(scale + block, block * 256 < count, 0.0), BLOCK)
+        x = stored.to(tl.float32)
+    else:
+        block = offset // 256 + tl.arange(0, BLOCK // 256)[:, None]
+        x = decode_block(stored, tl.load(scale + block, block * 256 < count, 0.0), BLOCK)
+    return x
 
 
 @kernel
@@ -235,7 +239,7 @@ def _store_moment(pointer, scale, x, noise, i, mask, offset, count, BLOCK: tl.co
     else:
         codes, scales = encode_block(x, noise, pointer.dtype.element_ty == tl.int8, BLOCK)
         tl.store(pointer + i, codes, mask)
-        block = offset // 256 + tl.arange(0, BLOCK // 256)
+        block = offset // 256 + tl.arange(0, BLOCK // 256)[:, None]
         tl.store(scale + block, scales, block * 256 < count)
 
 

@@ -22,7 +22,7 @@ from ._triton import kernel, tl
 
 SCALE_BLOCK = 256  # elements that share a scale
 _LARGEST_BF16 = 3.3895313892515355e38
-_TINY = 1.1754943508222875e-38  # below the smallest normal number a block counts as zero: its inverse must not overflow
+_TINY = 2.0**-96  # a block whose largest moment is below this counts as zero: the inverse must not overflow
 
 # --- torch -----------------------------------------------------------------------------------------------------------
 
@@ -47,24 +47,16 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor, noise: Tensor) -> None:
     scale = torch.nn.functional.pad(magnitude, (0, -len(x) % SCALE_BLOCK)).view(-1, SCALE_BLOCK).amax(1)
     scale.masked_fill_(scale < _TINY, 0.0)
     scales.copy_(scale)
-    y = magnitude.mul_(_per_element(torch.where(scale > 0, 1 / scale, 0), len(x)))
-    u = noise.float().mul_(2**-16)
-    if codes.dtype == torch.int8:
-        y.mul_(127**2)
-        code = _draw(y, u, y.sqrt().floor_(), 2).clamp_(max=127)
-        codes.copy_(code.copysign_(x))
-    else:
-        y.mul_(255**4)
-        code = _draw(y, u, y.sqrt().sqrt_().floor_(), 4).clamp_(max=255)
-        codes.copy_(code.maximum((y > 0).float()))
-
-
-def _draw(y: Tensor, u: Tensor, low: Tensor, power: int) -> Tensor:
-    """low or low + 1, such that the mean of its power is y."""
-    below, above = low.square(), (low + 1).square_()
-    if power == 4:
-        below, above = below.square_(), above.square_()
-    return low.add_((below + u * (above - below) < y).float())
+    signed = codes.dtype == torch.int8
+    largest = 127.0**2 if signed else 255.0**4
+    y = magnitude.mul_(_per_element(torch.where(scale > 0, largest / scale, 0), len(x))).clamp_(max=largest)
+    root = y.sqrt() if signed else y.sqrt().sqrt_()
+    low = root.sub_(0.5).round_()
+    below, gap = low.square(), 2 * low + 1  # the power of the root and its distance from the next
+    if not signed:
+        below, gap = below.square(), gap * (2 * below + gap)
+    code = low.add_((below + noise.float().mul_(2**-16) * gap < y).float())
+    codes.copy_(code.copysign_(x) if signed else code.maximum((y > 0).float()))
 
 
 def _per_element(per_block: Tensor, count: int) -> Tensor:
@@ -84,38 +76,41 @@ def round_stochastic_block(x, noise):
 
 @kernel
 def decode_block(codes, scales, BLOCK: tl.constexpr):
-    """fp32 [BLOCK] of codes [BLOCK] and scales [BLOCK / 256]."""
-    root = codes.to(tl.float32)
+    """fp32 [BLOCK] of codes [BLOCK] and scales [BLOCK / 256, 1]."""
+    root = codes.to(tl.int32).to(tl.float32)
     if codes.dtype == tl.int8:
-        return root * tl.abs(root) * _per_element_block(scales * (1 / 127**2), BLOCK)
-    root = root * root
-    return root * root * _per_element_block(scales * (1 / 255**4), BLOCK)
+        power, unit = root * tl.abs(root), scales * (1 / 127**2)
+    else:
+        power, unit = root * root * (root * root), scales * (1 / 255**4)
+    return power * _per_element_block(unit, BLOCK)
 
 
 @kernel
 def encode_block(x, noise, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """(codes [BLOCK], scales [BLOCK / 256]) of fp32 x [BLOCK]; noise uint32 in [0, 2^16)."""
+    """(codes [BLOCK], scales [BLOCK / 256, 1]) of fp32 x [BLOCK]; noise uint32 in [0, 2^16)."""
     magnitude = tl.abs(x)
     # The largest as an integer: the order of non-negative floats, with NaN above all, which a float maximum would drop.
     bits = tl.reshape(magnitude.to(tl.int32, bitcast=True), (BLOCK // 256, 256))
-    scale = tl.max(bits, 1).to(tl.float32, bitcast=True)
-    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
-    y = magnitude * _per_element_block(tl.where(scale > 0.0, 1.0 / scale, 0.0), BLOCK)
-    u = noise.to(tl.float32) * (1 / 65536)
+    scale = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = tl.where(scale < 1.262177448e-29, 0.0, scale)
+    largest = 16129.0 if SIGNED else 4228250625.0
+    y = tl.minimum(magnitude * _per_element_block(tl.where(scale > 0.0, largest / scale, 0.0), BLOCK), largest)
+    root = tl.sqrt(y) if SIGNED else tl.sqrt(tl.sqrt(y))
+    # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: conversions run at a quarter of the rate.
+    rounded = (root - 0.5) + 12582912.0
+    low = rounded - 12582912.0
+    below, gap = low * low, 2.0 * low + 1.0
+    if not SIGNED:
+        below, gap = below * below, gap * (2.0 * below + gap)
+    u = (noise << 7 | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # [0, 1), likewise without a conversion
+    code = (rounded.to(tl.int32, bitcast=True) & 0xFF) + (below + u * gap < y).to(tl.int32)
     if SIGNED:
-        y = y * 16129.0
-        low = tl.floor(tl.sqrt(y))
-        below, above = low * low, (low + 1.0) * (low + 1.0)
-        code = tl.minimum(low + tl.where(below + u * (above - below) < y, 1.0, 0.0), 127.0)
-        return tl.where(x < 0.0, -code, code).to(tl.int8), scale
-    y = y * 4228250625.0
-    low = tl.floor(tl.sqrt(tl.sqrt(y)))
-    below, above = low * low, (low + 1.0) * (low + 1.0)
-    below, above = below * below, above * above
-    code = tl.minimum(low + tl.where(below + u * (above - below) < y, 1.0, 0.0), 255.0)
-    return tl.maximum(code, tl.where(y > 0.0, 1.0, 0.0)).to(tl.uint8), scale
+        codes = tl.where(x < 0.0, -code, code).to(tl.int8)
+    else:
+        codes = tl.maximum(code, (y > 0.0).to(tl.int32)).to(tl.uint8)
+    return codes, scale
 
 
 @kernel
 def _per_element_block(per_block, BLOCK: tl.constexpr):
-    return tl.reshape(tl.broadcast_to(per_block[:, None], (BLOCK // 256, 256)), (BLOCK,))
+    return tl.reshape(tl.broadcast_to(per_block, (BLOCK // 256, 256)), (BLOCK,))
