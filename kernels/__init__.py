@@ -5,7 +5,9 @@ They work under autograd and torch.compile; on a CPU the references run and trit
 triton, nothing else of steep.
 """
 
+from .adamw import AdamWShard, adamw_
 from .attention import attention, attention_backend
+from .grad_norm import clip_coefficient, grad_norm, squared_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
@@ -13,12 +15,17 @@ from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
+    "AdamWShard",
+    "adamw_",
     "add_rms_norm",
     "attention",
     "attention_backend",
+    "clip_coefficient",
+    "grad_norm",
     "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "squared_norm",
     "swiglu",
 ]

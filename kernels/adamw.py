@@ -3,9 +3,9 @@
     g = grad * grad_scale         m = m + (1 - beta1) (g - m)         v = beta2 v + (1 - beta2) g^2
     w = (1 - lr weight_decay) w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-Weights w are fp32; or bf16 beside an fp32 master; or bf16 and the 16 bits that make an exact fp32 master of it; or bf16
-alone, rounded stochastically. Moments m, v are fp32, bf16 or 8 bits (moments.py). Random bits are numbered by the global
-index of the element: neither sharding nor world size changes a bit of the result.
+Weights w are fp32; or bf16 beside an fp32 master; or bf16 and the 16 bits that make an exact fp32 master of it; or
+bf16 alone, rounded stochastically. Moments m, v are fp32, bf16 or 8 bits (moments.py). Random bits are numbered by the
+global index of the element: neither sharding nor world size changes a bit of the result.
 
 Floor (bytes per element with bf16 gradients and fp32 moments): fp32 weights 26, master 28, remainder 26, bf16 alone 22;
 bf16 moments 8 fewer, 8-bit moments 12 fewer. Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
@@ -16,21 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._op import check_tensor, define_op
+from ._shards import shard_tables
 from ._triton import cast, cdiv, kernel, launch, tl
 from .moments import (
-    SCALE_BLOCK, decode, decode_block, encode, encode_block, round_stochastic, round_stochastic_block,
+    SCALE_BLOCK,
+    decode,
+    decode_block,
+    encode,
+    encode_block,
+    round_stochastic,
+    round_stochastic_block,
 )  # fmt: skip
 from .philox import philox_bits, philox_block
 
-# One random word (stream: the step) serves an element: its low half exp_avg, its high half exp_avg_sq, and the high half
-# of its product with an odd number, which permutes the words, the weight.
+# One random word (stream: the step) serves an element: its low half exp_avg, its high half exp_avg_sq, and the high
+# half of its product with an odd number, which permutes the words, the weight.
 _ODD = 0x9E3779B1
 
 # --- torch reference -------------------------------------------------------------------------------------------------
@@ -48,6 +54,7 @@ def _adamw_cpu(
         return
     scale = 1.0 if grad_scale is None else grad_scale.item()
     time = step.float()
+    rounds = _rounds(exp_avgs, exp_avg_sqs, [] if residuals else params)
     options = {
         "lr": lr.item(), "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay,
         "amsgrad": False, "maximize": False,
@@ -60,19 +67,22 @@ def _adamw_cpu(
         for start in range(0, len(param), _PIECE):
             piece = slice(start, start + _PIECE)
             blocks = slice(start // SCALE_BLOCK, (start + _PIECE) // SCALE_BLOCK)
-            m_stored = m_all[piece], None if m_scales is None else m_scales[blocks]
-            v_stored = v_all[piece], None if v_scales is None else v_scales[blocks]
+            m_stored = m_all[piece], None if m_scales is None else m_scales[blocks], True
+            v_stored = v_all[piece], None if v_scales is None else v_scales[blocks], False
             stored = param[piece], None if residual is None else residual[piece]
             w, m, v = _read_weight(*stored), _read_moment(*m_stored), _read_moment(*v_stored)
             g = grad[piece].float()
             _fused_step([w, g if scale == 1.0 else g * scale, m, v], time, options)
-            word = None
-            if m is not m_stored[0] or v is not v_stored[0] or (w is not stored[0] and residual is None):
-                word = philox_bits(seed, int(step), first + start, len(w))
-            _write_moment(m, *m_stored, None if word is None else word & 0xFFFF)
-            _write_moment(v, *v_stored, None if word is None else word >> 16)
+            word = philox_bits(seed, int(step), first + start, len(w) if rounds else 0)
+            _write_moment(m, *m_stored, word & 0xFFFF)
+            _write_moment(v, *v_stored, word >> 16)
             if w is not stored[0]:
-                _write_weight(w, *stored, None if word is None else (word * _ODD & 0xFFFFFFFF) >> 16)
+                _write_weight(w, *stored, (word * _ODD & 0xFFFFFFFF) >> 16)
+
+
+def _rounds(*operands: list[Tensor]) -> bool:
+    """Whether one of these needs random bits."""
+    return any(operand[0].dtype != torch.float32 for operand in operands if operand)
 
 
 def _fused_step(tensors: list[Tensor], step: Tensor, options: dict) -> None:
@@ -109,13 +119,13 @@ def _write_weight(w: Tensor, weight: Tensor, residual: Tensor | None, noise: Ten
         residual.copy_(bits - (high << 16))
 
 
-def _read_moment(stored: Tensor, scales: Tensor | None) -> Tensor:
-    return stored.float() if scales is None else decode(stored, scales)
+def _read_moment(stored: Tensor, scales: Tensor | None, signed: bool) -> Tensor:
+    return stored.float() if scales is None else decode(stored, scales, signed)
 
 
-def _write_moment(x: Tensor, stored: Tensor, scales: Tensor | None, noise: Tensor) -> None:
+def _write_moment(x: Tensor, stored: Tensor, scales: Tensor | None, signed: bool, noise: Tensor) -> None:
     if scales is not None:
-        encode(x, stored, scales, noise)
+        encode(x, stored, scales, signed, noise)
     elif stored is not x:
         stored.copy_(round_stochastic(x, noise))
 
@@ -129,7 +139,7 @@ _CHUNK = 16384  # elements of one program: enough to forget its start, few enoug
 def _adamw_kernel(
     SHARDS, OWNERS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, RESIDUAL, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE,
     LR, STEP, GRAD_SCALE, SKIP, complement1, beta2, complement2, eps, weight_decay, seed,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    ROUNDS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One chunk of the shard that owns this program. A row of SHARDS: length, first index, first program, and where
     each operand begins, in elements from its base pointer."""
@@ -169,21 +179,18 @@ def _adamw_kernel(
         else:
             bits = tl.load(param + i, mask, 0.0).to(tl.int16, bitcast=True).to(tl.int32) << 16
             w = (bits + tl.load(residual + i, mask, 0)).to(tl.float32, bitcast=True)
-        m = _load_moment(exp_avg, exp_avg_scale, i, mask, offset, count, BLOCK)
-        v = _load_moment(exp_avg_sq, exp_avg_sq_scale, i, mask, offset, count, BLOCK)
+        m = _load_moment(exp_avg, exp_avg_scale, True, i, mask, offset, count, BLOCK)
+        v = _load_moment(exp_avg_sq, exp_avg_sq_scale, False, i, mask, offset, count, BLOCK)
 
         m = tl.fma(complement1, g - m, m)
         v = tl.fma(complement2 * g, g, v * beta2)
         w = w * decay - step_size * m / (tl.sqrt(v) * root_scale + eps)
 
-        if EXP_AVG.dtype.element_ty == tl.float32 and EXP_AVG_SQ.dtype.element_ty == tl.float32 and (
-            PARAM.dtype.element_ty == tl.float32 or RESIDUAL is not None
-        ):
-            word = 0  # nothing is rounded
-        else:
+        word = 0
+        if ROUNDS:
             word = philox_block(seed, step, first_index + start + offset, BLOCK)
-        _store_moment(exp_avg, exp_avg_scale, m, word & 0xFFFF, i, mask, offset, count, BLOCK)
-        _store_moment(exp_avg_sq, exp_avg_sq_scale, v, word >> 16, i, mask, offset, count, BLOCK)
+        _store_moment(exp_avg, exp_avg_scale, True, m, word & 0xFFFF, i, mask, offset, count, BLOCK)
+        _store_moment(exp_avg_sq, exp_avg_sq_scale, False, v, word >> 16, i, mask, offset, count, BLOCK)
         if PARAM.dtype.element_ty == tl.float32:
             tl.store(param + i, w, mask)
         elif RESIDUAL is None:
@@ -220,24 +227,24 @@ def _bias_correction(complement, step):
 
 
 @kernel
-def _load_moment(pointer, scale, i, mask, offset, count, BLOCK: tl.constexpr):
+def _load_moment(pointer, scale, SIGNED: tl.constexpr, i, mask, offset, count, BLOCK: tl.constexpr):
     stored = tl.load(pointer + i, mask, 0)
     if scale is None:
         x = stored.to(tl.float32)
     else:
         block = offset // 256 + tl.arange(0, BLOCK // 256)[:, None]
-        x = decode_block(stored, tl.load(scale + block, block * 256 < count, 0.0), BLOCK)
+        x = decode_block(stored, tl.load(scale + block, block * 256 < count, 0.0), SIGNED, BLOCK)
     return x
 
 
 @kernel
-def _store_moment(pointer, scale, x, noise, i, mask, offset, count, BLOCK: tl.constexpr):
+def _store_moment(pointer, scale, SIGNED: tl.constexpr, x, noise, i, mask, offset, count, BLOCK: tl.constexpr):
     if scale is None:
         if pointer.dtype.element_ty == tl.bfloat16:
             x = round_stochastic_block(x, noise)
         tl.store(pointer + i, x, mask)
     else:
-        codes, scales = encode_block(x, noise, pointer.dtype.element_ty == tl.int8, BLOCK)
+        codes, scales = encode_block(x, noise, SIGNED, BLOCK)
         tl.store(pointer + i, codes, mask)
         block = offset // 256 + tl.arange(0, BLOCK // 256)[:, None]
         tl.store(scale + block, scales, block * 256 < count)
@@ -250,37 +257,189 @@ def _adamw_triton(
     beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
     operands = [params, grads, exp_avgs, exp_avg_sqs, residuals, exp_avg_scales, exp_avg_sq_scales]
-    scalars = lr, step, grad_scale, skip, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, seed
-    addresses = [[tensor.data_ptr() for tensor in operand] for operand in operands]
-    lengths = [len(param) for param in params]
-    # Shards whose every vector of 16 elements lies on 16-byte boundaries take wide accesses, the others narrow ones.
-    aligned = [
-        length % 16 == 0 and first % 4 == 0 and all(column[n] % 16 == 0 for column in addresses[:5] if column)
-        for n, (length, first) in enumerate(zip(lengths, first_indices))
-    ]
-    block = 1024 if exp_avgs[0].dtype == torch.float32 else 2048
-    for wide in (True, False):
-        chosen = [n for n in range(len(params)) if aligned[n] == wide and lengths[n]]
-        if not chosen:
-            continue
-        bases = [operand[chosen[0]] if operand else None for operand in operands]
-        offsets = [
-            [(column[n] - column[chosen[0]]) // operand[0].element_size() for n in chosen] if operand else [0] * len(chosen)
-            for operand, column in zip(operands, addresses)
-        ]
-        firsts = [first_indices[n] for n in chosen]
-        shards, owners = _table(params[0].device, wide, (*zip([lengths[n] for n in chosen], firsts, *offsets),))
+    # fp32 is stored four elements (16 bytes) a thread; narrower types, and scales that a warp finds alone, take eight.
+    narrow = all(operand[0].dtype != torch.float32 for operand in (params, exp_avgs, exp_avg_sqs, residuals) if operand)
+    rounds = _rounds(exp_avgs, exp_avg_sqs, [] if residuals else params)
+    block = 2048 if narrow or exp_avg_scales or exp_avg_sq_scales else 1024
+    for aligned, bases, table in shard_tables(operands, first_indices, _CHUNK):
         launch(
-            _adamw_kernel, (len(owners),), shards, owners, *bases, *scalars, ALIGNED=wide, CHUNK=_CHUNK, BLOCK=block,
-            num_warps=8,
+            _adamw_kernel, (len(table.owners),), table.shards, table.owners, *bases, lr, step, grad_scale, skip,
+            1 - beta1, beta2, 1 - beta2, eps, weight_decay, seed,
+            ROUNDS=rounds, ALIGNED=aligned, CHUNK=_CHUNK, BLOCK=block, num_warps=8,
         )  # fmt: skip
 
 
-@lru_cache(maxsize=32)
-def _table(device: torch.device, aligned: bool, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """(shards int64 [n, 10], the shard that each program works on, int32), on the device."""
-    chunks = [cdiv(length + (0 if aligned else first % 4), _CHUNK) for length, first, *_ in rows]
-    firsts = [sum(chunks[:n]) for n in range(len(chunks))]
-    shards = torch.tensor([(length, first, p, *offsets) for (length, first, *offsets), p in zip(rows, firsts)])
-    owners = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(chunks))
-    return shards.to(device), owners.to(device)
+# --- operator --------------------------------------------------------------------------------------------------------
+
+_adamw_op = define_op(
+    "adamw_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] residuals,"
+    " Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, int[] first_indices, Tensor lr, Tensor step,"
+    " Tensor? grad_scale, Tensor? skip, float beta1, float beta2, float eps, float weight_decay, int seed) -> ()",
+    cpu=_adamw_cpu,
+    cuda=_adamw_triton,
+    fake=lambda *_: None,
+)
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+_MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+
+
+@dataclass(frozen=True)
+class AdamWShard:
+    """A flat piece of a parameter and its optimizer state: contiguous [n] tensors on one device.
+
+    param: fp32 or bf16.
+    exp_avg, exp_avg_sq: fp32; bf16; or uint8 codes with a scale tensor (moments.py).
+    master: fp32, the exact weight of a bf16 param, which is it rounded to nearest.
+    remainder: int16; the exact fp32 weight of a bf16 param has the bit pattern param * 2^16 + remainder.
+        bf16 with neither: param is the weight and is rounded stochastically.
+    exp_avg_scale, exp_avg_sq_scale: fp32 [ceil(n / 256)], for uint8 moments only.
+    first_index: the number of the shard's first element among all elements of the model, whatever the sharding: random
+        bits depend on it. Let every parameter begin at a multiple of 256; shards with uint8 moments must, others may
+        begin anywhere (multiples of 4 are faster).
+
+    Raises:
+        ValueError: naming the tensor that does not fit.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None = None
+    remainder: Tensor | None = None
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    first_index: int = 0
+
+    def __post_init__(self) -> None:
+        size = (self.param.numel(),)
+        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "param": (size, (torch.float32, torch.bfloat16)),
+            "exp_avg": (size, _MOMENT_DTYPES),
+            "exp_avg_sq": (size, _MOMENT_DTYPES),
+            "master": (size, (torch.float32,)),
+            "remainder": (size, (torch.int16,)),
+            "exp_avg_scale": ((cdiv(size[0], SCALE_BLOCK),), (torch.float32,)),
+            "exp_avg_sq_scale": ((cdiv(size[0], SCALE_BLOCK),), (torch.float32,)),
+        }
+        for name, (shape, dtypes) in expected.items():
+            if (tensor := getattr(self, name)) is not None:
+                _check_flat(f"AdamWShard: {name}", tensor, shape, dtypes, self.param)
+        if self.master is not None and self.remainder is not None:
+            raise ValueError("AdamWShard: master and remainder are given; one of them at most")
+        if self._residual is not None and self.param.dtype != torch.bfloat16:
+            raise ValueError(f"AdamWShard: param is {self.param.dtype}; only bfloat16 has a master or a remainder")
+        for name in ("exp_avg", "exp_avg_sq"):
+            dtype, scale = getattr(self, name).dtype, getattr(self, f"{name}_scale")
+            if (dtype == torch.uint8) != (scale is not None):
+                raise ValueError(f"AdamWShard: {name} is {dtype}; uint8 and {name}_scale go together")
+        if self.first_index < 0 or (self.first_index % SCALE_BLOCK and torch.uint8 in self._dtypes):
+            raise ValueError(
+                f"AdamWShard: first_index is {self.first_index}; uint8 moments need a multiple of {SCALE_BLOCK}, others"
+                " a number from 0"
+            )
+
+    @classmethod
+    def zeros(
+        cls,
+        param: Tensor,
+        *,
+        residual: Literal["master", "remainder"] | None = None,
+        moments: torch.dtype = torch.float32,
+        first_index: int = 0,
+    ) -> AdamWShard:
+        """The state before the first step of a flat [n] parameter, allocated on its device. A master begins as the
+        parameter, a remainder as zero."""
+        exp_avg, exp_avg_sq = (torch.zeros_like(param, dtype=moments) for _ in range(2))
+        state = {}
+        if moments == torch.uint8:
+            for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+                state[name] = param.new_zeros(cdiv(len(param), SCALE_BLOCK), dtype=torch.float32)
+        if residual == "master":
+            state["master"] = param.detach().float()
+        elif residual == "remainder":
+            state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+        return cls(param, exp_avg, exp_avg_sq, **state, first_index=first_index)
+
+    @property
+    def _residual(self) -> Tensor | None:
+        return self.remainder if self.master is None else self.master
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype | None, ...]:
+        residual = self._residual
+        return self.param.dtype, self.exp_avg.dtype, self.exp_avg_sq.dtype, None if residual is None else residual.dtype
+
+
+@torch.no_grad()
+def adamw_(
+    shards: Sequence[AdamWShard],
+    grads: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """One AdamW step on every shard, in place, in fp32 arithmetic; one launch for all shards of one storage.
+
+    Nothing waits for the device, and after one step on the same tensors a CUDA graph can capture the next.
+
+    Args:
+        shards: parameters and state; any mixture of storages, all on one device.
+        grads: one flat [n] bf16 or fp32 gradient per shard; only read.
+        lr: learning rate; a 0-dim fp32 or fp64 tensor on the device is read there.
+        betas, eps, weight_decay: as in torch.optim.AdamW.
+        step: 0-dim, the number of this step, from 1: fp32 (up to 2^24) or an integer type. Read only.
+        grad_scale: 0-dim fp32; gradients are multiplied by it first (the clip coefficient). None: 1.
+        skip: 0-dim; if not 0, every bit of params and state stays as it is.
+        seed: key of the stochastic rounding, in [0, 2^63). The same numbers come out of any division into shards.
+
+    Raises:
+        ValueError: naming the argument, what it is and what is allowed.
+    """
+    if len(shards) != len(grads):
+        raise ValueError(f"adamw_: {len(grads)} grads for {len(shards)} shards")
+    if not shards:
+        return
+    like = shards[0].param
+    if not isinstance(lr, Tensor):
+        lr = torch.full((), lr, dtype=torch.float64, device=like.device)
+    for name, scalar, dtypes in (
+        ("lr", lr, (torch.float32, torch.float64)),
+        ("step", step, (torch.float32, torch.int32, torch.int64)),
+        ("grad_scale", grad_scale, (torch.float32,)),
+        ("skip", skip, (torch.float32, torch.bool, torch.int32)),
+    ):
+        if scalar is not None:
+            check_tensor(f"adamw_: {name}", scalar, (), dtype=dtypes, like=like)
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_: betas are {betas}; each must be in [0, 1)")
+    groups: dict[tuple, list[int]] = {}
+    for n, (shard, grad) in enumerate(zip(shards, grads)):
+        check_tensor("adamw_: a shard's param", shard.param, like=like, dtype=(torch.float32, torch.bfloat16))
+        _check_flat("adamw_: grad", grad, shard.param.shape, (torch.float32, torch.bfloat16), like)
+        groups.setdefault((*shard._dtypes, grad.dtype), []).append(n)
+    for group in groups.values():
+        members = [shards[n] for n in group]
+        optional = (
+            [x for s in members if (x := get(s)) is not None]
+            for get in (lambda s: s._residual, lambda s: s.exp_avg_scale, lambda s: s.exp_avg_sq_scale)
+        )
+        _adamw_op(
+            [s.param for s in members], [grads[n] for n in group], [s.exp_avg for s in members],
+            [s.exp_avg_sq for s in members], *optional, [s.first_index for s in members],
+            lr, step, grad_scale, skip, *betas, eps, weight_decay, seed,
+        )  # fmt: skip
+
+
+def _check_flat(argument: str, x: Tensor, shape: tuple[int, ...], dtype: tuple[torch.dtype, ...], like: Tensor) -> None:
+    check_tensor(argument, x, shape, dtype=dtype, like=like)
+    if not x.is_contiguous():
+        raise ValueError(f"{argument} has strides {x.stride()}; it must be contiguous")
