@@ -26,6 +26,8 @@ def cases() -> Iterator[Case]:
     yield from swiglu()
     yield from linear_cross_entropy()
     yield from attention()
+    yield from adamw()
+    yield from grad_norm()
 
 
 def rms_norm() -> Iterator[Case]:
@@ -51,9 +53,7 @@ def swiglu() -> Iterator[Case]:
         h, gate_up = meta(64, width), meta(64, 2 * width)
         yield Case(f"swiglu I={width}", "swiglu", "_swiglu_triton", (gate_up,), {"_forward_kernel": WIDE})
         args = (h, gate_up)
-        yield Case(
-            f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE}
-        )
+        yield Case(f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE})
 
 
 def linear_cross_entropy() -> Iterator[Case]:
@@ -83,3 +83,26 @@ def attention() -> Iterator[Case]:
         ):
             needs = dict.fromkeys(kernels, tensor_cores)
             yield Case(f"{function} {label}", "attention_triton", function, args, needs)
+
+
+def adamw() -> Iterator[Case]:
+    """Every storage; a shard of the embedding that takes wide accesses, and one that cannot."""
+    bf16, n = torch.bfloat16, 152064 * 3584 // 8
+    for length in (n, n + 1):
+        for param, residual in ((FP32, None), (bf16, FP32), (bf16, torch.int16), (bf16, None)):
+            for moment, grad in ((FP32, FP32), (FP32, bf16), (bf16, bf16), (torch.uint8, bf16)):
+                state = [[meta(length, dtype=dtype)] for dtype in (param, grad, moment, moment)]
+                residuals = [meta(length, dtype=residual)] if residual else []
+                scales = [meta(-(-length // 256), dtype=FP32)] if moment == torch.uint8 else []
+                scalar = meta(dtype=FP32)
+                args = (*state, residuals, scales, scales, [0], *[scalar] * 4, 0.9, 0.95, 1e-8, 0.1, 7)
+                kinds = "/".join(str(dtype).removeprefix("torch.") for dtype in (param, residual, moment, grad))
+                fp32_stored = FP32 in (param, residual, moment) and length == n
+                needs = {"_adamw_kernel": WIDE if fp32_stored or (bf16 == moment and length == n) else ()}
+                yield Case(f"adamw {kinds} n={length}", "adamw", "_adamw_triton", args, needs)
+
+
+def grad_norm() -> Iterator[Case]:
+    for dtype in (FP32, torch.bfloat16):
+        args = ([meta(152064, 448, dtype=dtype), meta(3584, dtype=dtype)],)
+        yield Case(f"squared_norm {dtype}", "grad_norm", "_squared_norm_triton", args, {"_squares_kernel": ("ld_v4",)})

@@ -72,7 +72,7 @@ def _adamw_cpu(
             stored = param[piece], None if residual is None else residual[piece]
             w, m, v = _read_weight(*stored), _read_moment(*m_stored), _read_moment(*v_stored)
             g = grad[piece].float()
-            _fused_step([w, g if scale == 1.0 else g * scale, m, v], time, options)
+            _fused_step(w, g if scale == 1.0 else g * scale, m, v, time, options)
             word = philox_bits(seed, int(step), first + start, len(w) if rounds else 0)
             _write_moment(m, *m_stored, word & 0xFFFF)
             _write_moment(v, *v_stored, word >> 16)
@@ -85,17 +85,18 @@ def _rounds(*operands: list[Tensor]) -> bool:
     return any(operand[0].dtype != torch.float32 for operand in operands if operand)
 
 
-def _fused_step(tensors: list[Tensor], step: Tensor, options: dict) -> None:
-    """torch's fused AdamW on [w, g, m, v], all fp32. Elements that do not fill a vector of the last thread's part are
-    rounded by other code there; padded, they are not, and where a shard begins or ends does not change its bits."""
+def _fused_step(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, options: dict) -> None:
+    """torch's fused AdamW, all fp32. It rounds the elements that do not fill the last vector of a thread differently;
+    padded here to whole vectors, they come out the same wherever a shard begins or ends."""
     unit = 16 * torch.get_num_threads()
-    count = len(tensors[0])
-    body = count // unit * unit
-    tails = [torch.nn.functional.pad(x[body:], (0, body + unit - count)) for x in tensors if body < count]
-    for w, g, m, v in ([x[:body] for x in tensors], tails):
-        torch._fused_adamw_([w], [g], [m], [v], [], [step], **options)
-    for x, tail in zip(tensors, tails):
-        x[body:] = tail[: count - body]
+    body = len(w) // unit * unit
+    if body:
+        torch._fused_adamw_([w[:body]], [g[:body]], [m[:body]], [v[:body]], [], [step], **options)
+    if tail := len(w) - body:
+        w_tail, g_tail, m_tail, v_tail = (torch.nn.functional.pad(x[body:], (0, unit - tail)) for x in (w, g, m, v))
+        torch._fused_adamw_([w_tail], [g_tail], [m_tail], [v_tail], [], [step], **options)
+        for x, result in ((w, w_tail), (m, m_tail), (v, v_tail)):
+            x[body:] = result[:tail]
 
 
 def _read_weight(weight: Tensor, residual: Tensor | None) -> Tensor:
@@ -428,15 +429,17 @@ def adamw_(
         groups.setdefault((*shard._dtypes, grad.dtype), []).append(n)
     for group in groups.values():
         members = [shards[n] for n in group]
-        optional = (
-            [x for s in members if (x := get(s)) is not None]
-            for get in (lambda s: s._residual, lambda s: s.exp_avg_scale, lambda s: s.exp_avg_sq_scale)
-        )
         _adamw_op(
             [s.param for s in members], [grads[n] for n in group], [s.exp_avg for s in members],
-            [s.exp_avg_sq for s in members], *optional, [s.first_index for s in members],
+            [s.exp_avg_sq for s in members], _present([s._residual for s in members]),
+            _present([s.exp_avg_scale for s in members]), _present([s.exp_avg_sq_scale for s in members]),
+            [s.first_index for s in members],
             lr, step, grad_scale, skip, *betas, eps, weight_decay, seed,
         )  # fmt: skip
+
+
+def _present(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _check_flat(argument: str, x: Tensor, shape: tuple[int, ...], dtype: tuple[torch.dtype, ...], like: Tensor) -> None:

@@ -56,7 +56,7 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor, signed: bool, noise: Tensor
     magnitude = x.abs()
     scale = torch.nn.functional.pad(magnitude, (0, -len(x) % SCALE_BLOCK)).view(-1, SCALE_BLOCK).amax(1)
     scales.copy_(scale.masked_fill_(scale < _TINY, 0.0))
-    z = magnitude.mul_(_per_element(torch.where(scale > 0, (1.875 - c) / scale, 0), len(x))).add_(c)
+    z = magnitude.mul_(_per_element((1.875 - c) / torch.where(scale > 0, scale, 1), len(x))).add_(c)
     code = ((z.view(torch.int32) - c_bits + (noise.to(torch.int32) << 4)) >> 20).clamp_(max=largest)
     codes.copy_(code + 128 * x.signbit() if signed else code.maximum((x > 0).to(torch.int32)))
 
@@ -72,8 +72,8 @@ def _per_element(per_block: Tensor, count: int) -> Tensor:
 def round_stochastic_block(x, noise):
     """As round_stochastic; noise uint32."""
     noise = tl.where(tl.abs(x) < 3.3895313892515355e38, noise, 0)
-    bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    bits = x.to(tl.uint32, bitcast=True) + noise
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @kernel
@@ -99,7 +99,7 @@ def encode_block(x, noise, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     bits = tl.reshape(magnitude.to(tl.int32, bitcast=True), (BLOCK // 256, 256))
     scale = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
     scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
-    z = magnitude * _per_element_block(tl.where(scale > 0.0, (1.875 - c) / scale, 0.0), BLOCK) + c
+    z = magnitude * _per_element_block((1.875 - c) / tl.where(scale > 0.0, scale, 1.0), BLOCK) + c
     code = (z.to(tl.int32, bitcast=True) - c_bits + (noise << 4).to(tl.int32)) >> 20
     if SIGNED:
         code = tl.minimum(code, 127) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)

@@ -15,6 +15,7 @@ ROPE = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(9, 4), torch.ran
 QKV = (torch.randn(T, 2, 8), torch.randn(T, 1, 8), torch.randn(T, 1, 8))
 DOCUMENTS = (CU, None, 4, 4, None, 0.3, "torch_sdpa_cpu")
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
+ADAMW = ([], [], [], [0], torch.tensor(1e-3), torch.tensor(1.0), None, None, 0.9, 0.95, 1e-8, 0.1, 0)
 
 CALLS = {
     "rms_norm": (X, torch.randn(H), 1e-5),
@@ -25,6 +26,8 @@ CALLS = {
     "swiglu_backward": (X[:, :8], X),
     "linear": (X, W, torch.randn(11)),
     "linear_cross_entropy": (X, W, LABELS, torch.tensor(0.5), -100, 4, True, True),
+    "squared_norm": ([X, W],),
+    "adamw_": ([torch.randn(9)], [torch.randn(9)], [torch.zeros(9)], [torch.zeros(9)], *ADAMW),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
@@ -33,7 +36,10 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, dtype):
-    always_fp32 = {"rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3,), "attention_backward": (5,)}
+    always_fp32 = {
+        "rope": (2, 3), "rms_norm_backward": (4,), "linear_cross_entropy": (3,), "attention_backward": (5,),
+        "adamw_": (8, 9),
+    }  # fmt: skip
     fp32 = always_fp32.get(name, ())
     args = [
         a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in fp32 else a
