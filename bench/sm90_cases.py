@@ -88,17 +88,19 @@ def attention() -> Iterator[Case]:
 def adamw() -> Iterator[Case]:
     """Every storage; a shard of the embedding that takes wide accesses, and one that cannot."""
     bf16, n = torch.bfloat16, 152064 * 3584 // 8
-    for length in (n, n + 1):
-        for param, residual in ((FP32, None), (bf16, FP32), (bf16, torch.int16), (bf16, None)):
-            for moment, grad in ((FP32, FP32), (FP32, bf16), (bf16, bf16), (torch.uint8, bf16)):
+    weights: list[tuple[torch.dtype, torch.dtype | None]]
+    weights = [(FP32, None), (bf16, FP32), (bf16, torch.int16), (bf16, None)]
+    moments = [(FP32, FP32), (FP32, bf16), (bf16, bf16), (torch.uint8, bf16)]
+    for length, some in ((n, slice(None)), (n + 1, slice(2, None))):
+        for param, residual in weights[some]:
+            for moment, grad in moments[some]:
                 state = [[meta(length, dtype=dtype)] for dtype in (param, grad, moment, moment)]
                 residuals = [meta(length, dtype=residual)] if residual else []
                 scales = [meta(-(-length // 256), dtype=FP32)] if moment == torch.uint8 else []
                 scalar = meta(dtype=FP32)
                 args = (*state, residuals, scales, scales, [0], *[scalar] * 4, 0.9, 0.95, 1e-8, 0.1, 7)
                 kinds = "/".join(str(dtype).removeprefix("torch.") for dtype in (param, residual, moment, grad))
-                fp32_stored = FP32 in (param, residual, moment) and length == n
-                needs = {"_adamw_kernel": WIDE if fp32_stored or (bf16 == moment and length == n) else ()}
+                needs = {"_adamw_kernel": WIDE if length == n else ()}
                 yield Case(f"adamw {kinds} n={length}", "adamw", "_adamw_triton", args, needs)
 
 

@@ -258,15 +258,16 @@ def _adamw_triton(
     beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
     operands = [params, grads, exp_avgs, exp_avg_sqs, residuals, exp_avg_scales, exp_avg_sq_scales]
-    # fp32 is stored four elements (16 bytes) a thread; narrower types, and scales that a warp finds alone, take eight.
-    narrow = all(operand[0].dtype != torch.float32 for operand in (params, exp_avgs, exp_avg_sqs, residuals) if operand)
     rounds = _rounds(exp_avgs, exp_avg_sqs, [] if residuals else params)
-    block = 2048 if narrow or exp_avg_scales or exp_avg_sq_scales else 1024
+    stored = {operand[0].dtype for operand in (params, exp_avgs, exp_avg_sqs, residuals) if operand}
     for aligned, bases, table in shard_tables(operands, first_indices, _CHUNK):
+        # fp32 is stored four elements (16 bytes) a thread. A thread takes eight where all is narrower, and where one
+        # warp is to find the scale of 256 elements.
+        eight = torch.uint8 in stored or (torch.float32 not in stored and aligned)
         launch(
             _adamw_kernel, (len(table.owners),), table.shards, table.owners, *bases, lr, step, grad_scale, skip,
             1 - beta1, beta2, 1 - beta2, eps, weight_decay, seed,
-            ROUNDS=rounds, ALIGNED=aligned, CHUNK=_CHUNK, BLOCK=block, num_warps=8,
+            ROUNDS=rounds, ALIGNED=aligned, CHUNK=_CHUNK, BLOCK=2048 if eight else 1024, num_warps=8,
         )  # fmt: skip
 
 

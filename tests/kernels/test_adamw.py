@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steep.engine.optimizer import join_master, split_master
 from steep.kernels import AdamWShard, adamw_
-from steep.kernels._shards import ShardTable
+from steep.kernels._shards import ShardTable, _table
 from steep.kernels.moments import SCALE_BLOCK
 from tests.kernels.conftest import use_triton
 from tests.kernels.kernel_checks import kernel_module
@@ -277,6 +277,12 @@ def test_elements_beyond_two_to_the_31(monkeypatch):
             patch.setattr(module, "shard_tables", table)
             update([large], [gradient(512, 3)], 3)
         assert same_bits(small, large)
+
+
+def test_a_graph_cannot_capture_the_upload_of_a_table(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="once on these tensors before"):
+        _table(torch.device("cuda"), 1024, True, ((16, 0, 0),))
 
 
 def test_nothing_to_do(path):
