@@ -33,6 +33,8 @@ def cases() -> Iterator[Case]:
     yield from fp8()
     yield from grouped_mm()
     yield from moe()
+    yield from adamw()
+    yield from grad_norm()
 
 
 def rms_norm() -> Iterator[Case]:
@@ -104,6 +106,9 @@ def swiglu() -> Iterator[Case]:
             ("_swiglu_backward_recompute_triton", (h, gate_up, False), "_backward_kernel"),
         ):
             yield Case(f"swiglu {function} I={width}", "swiglu", function, args, {kernel: WIDE})
+        yield Case(f"swiglu I={width}", "swiglu", "_swiglu_triton", (gate_up,), {"_forward_kernel": WIDE})
+        args = (h, gate_up)
+        yield Case(f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE})
 
 
 def linear_cross_entropy() -> Iterator[Case]:
@@ -197,3 +202,28 @@ def moe() -> Iterator[Case]:
         )
         for name, args in routing:
             yield Case(f"moe {name} E={experts}", "moe_routing", name, args, {})
+
+
+def adamw() -> Iterator[Case]:
+    """Every storage; a shard of the embedding that takes wide accesses, and one that cannot."""
+    bf16, n = torch.bfloat16, 152064 * 3584 // 8
+    weights: list[tuple[torch.dtype, torch.dtype | None]]
+    weights = [(FP32, None), (bf16, FP32), (bf16, torch.int16), (bf16, None)]
+    moments = [(FP32, FP32), (FP32, bf16), (bf16, bf16), (torch.uint8, bf16)]
+    for length, some in ((n, slice(None)), (n + 1, slice(2, None))):
+        for param, residual in weights[some]:
+            for moment, grad in moments[some]:
+                state = [[meta(length, dtype=dtype)] for dtype in (param, grad, moment, moment)]
+                residuals = [meta(length, dtype=residual)] if residual else []
+                scales = [meta(-(-length // 256), dtype=FP32)] if moment == torch.uint8 else []
+                scalar = meta(dtype=FP32)
+                args = (*state, residuals, scales, scales, [0], *[scalar] * 4, 0.9, 0.95, 1e-8, 0.1, 7)
+                kinds = "/".join(str(dtype).removeprefix("torch.") for dtype in (param, residual, moment, grad))
+                needs = {"_adamw_kernel": WIDE if length == n else ()}
+                yield Case(f"adamw {kinds} n={length}", "adamw", "_adamw_triton", args, needs)
+
+
+def grad_norm() -> Iterator[Case]:
+    for dtype in (FP32, torch.bfloat16):
+        args = ([meta(152064, 448, dtype=dtype), meta(3584, dtype=dtype)],)
+        yield Case(f"squared_norm {dtype}", "grad_norm", "_squared_norm_triton", args, {"_squares_kernel": ("ld_v4",)})

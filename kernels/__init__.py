@@ -5,11 +5,13 @@ They work under autograd and torch.compile; on a CPU the references run and trit
 triton, nothing else of steep.
 """
 
+from .adamw import AdamWShard, adamw_
 from .attention import attention, attention_backend
 from .embedding import NeftuneNoise, document_lengths, embedding
 from .fp8 import cast_blockwise, cast_rowwise
 from .fp8_linear import fp8_linear
 from .fused_linear import rms_norm_linear, swiglu_linear
+from .grad_norm import clip_coefficient, grad_norm, squared_norm
 from .grouped_mm import grouped_mm, grouped_weight_grad
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -35,6 +37,13 @@ __all__ = [
     "expert_load",
     "grouped_mm",
     "grouped_weight_grad",
+    "AdamWShard",
+    "adamw_",
+    "add_rms_norm",
+    "attention",
+    "attention_backend",
+    "clip_coefficient",
+    "grad_norm",
     "linear",
     "linear_cross_entropy",
     "load_balancing_loss",
@@ -45,6 +54,7 @@ __all__ = [
     "rms_norm_linear",
     "rope",
     "rope_qkv",
+    "squared_norm",
     "swiglu",
     "swiglu_linear",
     "route",

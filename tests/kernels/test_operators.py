@@ -21,6 +21,7 @@ FP32 = torch.float32
 OFFSETS, EXPERTS = torch.tensor([2, 2, 6], dtype=torch.int32), torch.tensor([[0, 2], [2, 1], [0, 1]], dtype=torch.int32)
 SHARES, ORDER = torch.rand(3, 2), torch.tensor([[0, 4], [5, 2], [1, 3]], dtype=torch.int32)
 X, W, LABELS = torch.randn(T, H), torch.randn(11, H), torch.tensor([1, 2, -100, 4, 5, 6])
+ADAMW = ([], [], [], [0], torch.tensor(1e-3), torch.tensor(1.0), None, None, 0.9, 0.95, 1e-8, 0.1, 0)
 
 CALLS = {
     "rms_norm": (X, torch.randn(H), 1e-5, False),
@@ -52,6 +53,8 @@ CALLS = {
     "moe_unpermute": (X, SHARES, ORDER),
     "moe_unpermute_backward": (X[:3], X, SHARES, ORDER),
     "moe_weighted_swiglu_backward": (torch.randn(T, 8), X, SHARES, ORDER.flatten()),
+    "squared_norm": ([X, W],),
+    "adamw_": ([torch.randn(9)], [torch.randn(9)], [torch.zeros(9)], [torch.zeros(9)], *ADAMW),
     "attention": (*QKV, *DOCUMENTS),
     "attention_backward": (QKV[0], *QKV, QKV[0], torch.randn(2, T), *DOCUMENTS),
 }
@@ -76,6 +79,7 @@ def test_opcheck(name, dtype):
         "moe_unpermute": (1,),
         "moe_unpermute_backward": (2,),
         "moe_weighted_swiglu_backward": (2,),
+        "adamw_": (8, 9),
     }
     fp32 = always_fp32.get(name, ())
     args = [
