@@ -61,7 +61,7 @@ def _tile_table(cu_seqlens: torch.Tensor, rows: int, block: int) -> torch.Tensor
 
 @kernel
 def _tile(TABLE, CU_Q, CU_K, tile):
-    """First row of a tile within its document (-1: no such tile), and that document's first row and length in q, in k."""
+    """First row of a tile within its document (-1: no such tile); the document's first row and length in q, in k."""
     doc, start = tl.load(TABLE + 2 * tile), tl.load(TABLE + 2 * tile + 1)
     q0, k0 = tl.load(CU_Q + doc), tl.load(CU_K + doc)
     return start, q0, tl.load(CU_Q + doc + 1) - q0, k0, tl.load(CU_K + doc + 1) - k0
@@ -103,7 +103,7 @@ def _visible(last, key, window, WINDOW: tl.constexpr):
 
 @kernel
 def _key_blocks(start, shift, keys, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first, edge, full, stop): the queries [start, start + BLOCK_M) see keys in [first, stop), all in [edge, full)."""
+    """(first, edge, full, stop): a tile of queries sees keys in [first, stop), each of its rows all in [edge, full)."""
     stop = tl.minimum(start + BLOCK_M + shift, keys)
     full = (start + shift + 1) // BLOCK_N * BLOCK_N
     first, edge = 0, 0
