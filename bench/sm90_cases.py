@@ -137,12 +137,13 @@ def linear_cross_entropy() -> Iterator[Case]:
 
 def attention() -> Iterator[Case]:
     shapes = [(head_dim, torch.bfloat16, None) for head_dim in (*HEAD_DIM, 256)]
-    for head_dim, dtype, window in [*shapes, (128, torch.bfloat16, 4096), (128, FP32, None)]:
+    windows = [(head_dim, torch.bfloat16, 4096) for head_dim in (64, 128)]
+    for head_dim, dtype, window in [*shapes, *windows, (64, FP32, None)]:
         q, k = meta(8192, 32, head_dim, dtype=dtype), meta(8192, 8, head_dim, dtype=dtype)
         cu, lse = meta(33, dtype=INT32), meta(32, 8192, dtype=FP32)
         documents = cu, cu, window, 0.1
         label = f"D={head_dim} {str(dtype).removeprefix('torch.')} window={window}"
-        tensor_cores = ("wgmma", "cp_async") if dtype == torch.bfloat16 and head_dim <= 128 else ()
+        tensor_cores = ("wgmma", "tma") if dtype == torch.bfloat16 else ()
         for function, args, kernels in (
             ("attention_triton", (q, k, k, *documents), ("_forward_kernel",)),
             ("attention_backward_triton", (q, q, k, k, q, lse, *documents), ("_dq_kernel", "_dkv_kernel")),
