@@ -6,19 +6,25 @@ triton, nothing else of steep.
 """
 
 from .attention import attention, attention_backend
+from .gate_up import gate_up_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .patch import PatchReport, patch, unpatch
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
+    "PatchReport",
     "add_rms_norm",
     "attention",
     "attention_backend",
+    "gate_up_linear",
     "linear",
     "linear_cross_entropy",
+    "patch",
     "rms_norm",
     "rope",
     "swiglu",
+    "unpatch",
 ]

@@ -1,0 +1,187 @@
+"""steep's kernels in a model of transformers: `patch(model)` before training, `unpatch(model)` to have it back.
+
+Only that instance changes: the `forward` of its modules is replaced (hf_forwards.py), nothing of transformers is, and
+parameters, their names, `state_dict`, `save_pretrained` and hooks stay what they were. Families: Llama, Mistral,
+Qwen2, Qwen3 and Mixtral, recognised by the names of their classes, so that transformers is not imported here.
+May touch: torch, the model it is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import hf_forwards as hf
+
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral")
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did; prints as a table. `calls` goes on counting: forwards of the model by who computed their
+    attention, "steep" or the reason why the model's own function did (not counted inside torch.compile)."""
+
+    model: str
+    # (kernel, modules, None or why they were not replaced) -> number of modules
+    rows: dict[tuple[str, str, str | None], int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("kernel", "modules", "count", "")]
+        for (kernel, modules, reason), count in self.rows.items():
+            rows.append((kernel, modules, str(count), f"not replaced: {reason}" if reason else ""))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [f"{self.model} with steep.kernels"]
+        for kernel, modules, count, note in rows:
+            lines.append(f"  {kernel:<{widths[0]}}  {modules:<{widths[1]}}  {count:>{widths[2]}}  {note}".rstrip())
+        if self.calls:
+            lines.append("forwards of the model, by who computed the attention")
+            lines += [
+                f"  {count:>6}  {by if by == 'steep' else f'transformers: {by}'}" for by, count in self.calls.items()
+            ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    option: str  # the argument of `patch` that switches it
+    kernel: str | None  # as the report names it; None where a module only prepares what another one's kernel takes
+    forward: Callable
+    obstacle: str | None = None  # why this module keeps its own forward
+
+
+def patch(
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    rope: bool = True,
+    swiglu: bool = True,
+    attention: bool = True,
+    loss: bool = True,
+    moe: bool = True,
+) -> PatchReport:
+    """Put steep's kernels into `model`, an instance of transformers (or of peft around one), in place.
+
+    Results are those of the model's own code up to rounding, in training and in generation; each argument switches one
+    kernel off. Two things differ, both in training mode only: with `labels` the output holds the loss but no logits
+    (`loss`), and packed batches never build a mask (`attention`: batches without padding or a key-value cache; on a
+    GPU, packed ones need the arguments cu_seq_lens_q and max_length_q, which DataCollatorWithFlattening makes with
+    return_flash_attn_kwargs=True; all else goes through the model's attention function and is counted in the report).
+    Patch after peft has put its adapters in; before or after FSDP2's fully_shard and torch.compile.
+
+    Raises:
+        ValueError: the model's family is not supported, it is tensor parallel, or it is patched already.
+    """
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = _family(root)
+    if any(hf.is_patched(module) for module in root.modules()):
+        raise ValueError(f"patch: this {type(root).__name__} is patched already; unpatch(model) comes first")
+    if getattr(root, "_tp_size", None):
+        raise ValueError(f"patch: this {type(root).__name__} is tensor parallel; patch does not support that")
+
+    wanted = {"rms_norm": rms_norm, "rope": rope, "swiglu": swiglu, "attention": attention, "loss": loss, "moe": moe}
+    report = PatchReport(type(root).__name__)
+    for name, module in root.named_modules():
+        modules = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) or "(the model itself)"
+        for replacement in _replacements(module, family, root):
+            reason = replacement.obstacle if wanted[replacement.option] else f"{replacement.option}=False"
+            if reason is None and not hf.is_patched(module):  # rope and attention share a forward
+                module.forward = forward = hf.Forward(replacement.forward, module, report.calls)
+                setattr(module, hf.RECORD, forward)
+            if replacement.kernel is not None:
+                key = (replacement.kernel, modules, reason)
+                report.rows[key] = report.rows.get(key, 0) + 1
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every module of `model` back the forward that it had before `patch`; nothing is left behind. A model that
+    is not patched stays as it is."""
+    for module in model.modules():
+        forward = vars(module).pop(hf.RECORD, None)
+        if forward is None:
+            continue
+        vars(module).pop("forward", None)
+        if forward.previous is not None:
+            module.forward = forward.previous
+
+
+def _family(model: nn.Module) -> str:
+    for family in _FAMILIES:
+        if any(base.__name__ == f"{family}PreTrainedModel" for base in type(model).__mro__):
+            return family
+    raise ValueError(
+        f"patch: {type(model).__name__} is not supported; transformers' {', '.join(_FAMILIES)} models are "
+        "(pip install transformers)"
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")  # fully_shard puts a class FSDP<Class> over <Class>
+
+
+def _replacements(module: nn.Module, family: str, root: nn.Module) -> Iterator[_Replacement]:
+    """What can be put on one module, in the order of the report."""
+    name = _class_name(module)
+    if name == f"{family}RMSNorm":
+        yield _Replacement("rms_norm", "rms_norm", hf.rms_norm_forward)
+    elif name == f"{family}DecoderLayer":
+        yield _Replacement("rms_norm", "add_rms_norm", hf.decoder_layer_forward)
+    elif name == f"{family}RotaryEmbedding":
+        yield _Replacement("rope", None, hf.rotary_forward, _rope_obstacle(root))
+    elif name == f"{family}Attention":
+        yield _Replacement("rope", "rope", hf.attention_forward, _rope_obstacle(root))
+        yield _Replacement("attention", "attention", hf.attention_forward, _attention_obstacle(root))
+    elif name == f"{family}Model":
+        yield _Replacement("attention", None, hf.model_forward, _attention_obstacle(root))
+    elif name == f"{family}MLP":
+        yield _Replacement("swiglu", "swiglu", hf.mlp_forward, _mlp_obstacle(module, root))
+    elif name == f"{family}SparseMoeBlock":
+        yield _Replacement("moe", None, hf.moe_block_forward, _moe_obstacle(root))
+    elif name == f"{family}Experts":
+        yield _Replacement("moe", "moe_mlp", hf.experts_forward, _moe_obstacle(root))
+    elif module is root and hasattr(root, "lm_head"):
+        yield _Replacement("loss", None, hf.causal_lm_forward, _loss_obstacle(root, family))
+    elif module is getattr(root, "lm_head", None):
+        yield _Replacement("loss", "linear_cross_entropy", hf.lm_head_forward, _loss_obstacle(root, family))
+
+
+def _rope_obstacle(root: nn.Module) -> str | None:
+    rotary, attn = root.base_model.rotary_emb, root.base_model.layers[0].self_attn
+    rotated = 2 * rotary.inv_freq.numel()
+    return None if rotated == attn.head_dim else f"only {rotated} of {attn.head_dim} dimensions of a head are rotated"
+
+
+def _attention_obstacle(root: nn.Module) -> str | None:
+    return None if getattr(root.config, "is_causal", True) else "the attention is not causal"
+
+
+def _activation_obstacle(root: nn.Module) -> str | None:
+    activation = root.config.hidden_act
+    return None if activation in ("silu", "swish") else f"the activation is {activation}, not silu"
+
+
+def _mlp_obstacle(mlp: nn.Module, root: nn.Module) -> str | None:
+    for name in ("gate_proj", "up_proj"):
+        linear = getattr(mlp, name)
+        if not hf.is_plain(linear):
+            what = _class_name(linear)
+            return f"{name} is a {what}{' with a bias or hooks' if what == 'Linear' else ''}"
+    return _activation_obstacle(root)
+
+
+def _moe_obstacle(root: nn.Module) -> str | None:
+    if hf.moe_mlp is None:
+        return "steep.kernels.moe is not part of this installation"
+    return _activation_obstacle(root)
+
+
+def _loss_obstacle(root: nn.Module, family: str) -> str | None:
+    if _class_name(root) != f"{family}ForCausalLM":
+        return f"{type(root).__name__} has a forward of its own"
+    if _class_name(root.lm_head) != "Linear" or root.lm_head.bias is not None:
+        return f"lm_head is a {_class_name(root.lm_head)}, with a bias or not an nn.Linear"
+    return None
