@@ -2,10 +2,10 @@
 
 Each is a function (module, ...) with the arguments of the forward it stands in for. A kernel that needs more than
 that forward is given gets it through the module's own call, so that hooks (FSDP2's unsharding, transformers' recording
-of outputs) fire as before: a norm takes `residual`, the output head takes `labels`, the experts take `router_logits`.
-Parameters, their names and the structure of the model stay as they are. What a kernel cannot do (padding, a key-value
-cache, LoRA inside an MLP, ...) goes to the model's own code. May touch: torch, and modules of transformers that the
-model itself has already imported.
+of outputs) fire as before: a norm takes `residual`, the output head takes `labels`. What these functions need not know
+is passed on unread, so that they fit every transformers 5. Parameters, their names and the structure of the model stay
+as they are. What a kernel cannot do (padding, a key-value cache, LoRA inside an MLP, ...) goes to the model's own code.
+May touch: torch, and modules of transformers that the model itself has already imported.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from .rope import rope
 from .swiglu import swiglu
 
 try:
-    from .moe import moe_mlp
+    from .moe import moe_experts
 except ImportError:  # not part of this installation: `patch` leaves experts alone and says so
-    moe_mlp = None
+    moe_experts = None
 
+_CACHE_NAMES = ("cache", "past_key_values")  # transformers' argument for a key-value cache, since 5.24 and before
 RECORD = "_steep_forward"  # the one attribute that a patched module carries beside `forward`
 
 
@@ -43,7 +44,6 @@ class Forward:
 
     def __init__(self, function: Callable, module: nn.Module, calls: dict[str, int]):
         self.__func__, self.__self__ = function, module
-        self.previous = vars(module).get("forward")
         self.calls = calls  # one dict per model, shown by its PatchReport: forwards by who computed the attention
 
     def __call__(self, *args, **kwargs):
@@ -51,11 +51,10 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(self.__func__, self.__self__))
+        """That of the class's forward: trainers read from it which columns and arguments the model takes."""
+        return inspect.signature(MethodType(type(self.__self__).forward, self.__self__))
 
     def original(self, *args, **kwargs):
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
         return type(self.__self__).forward(self.__self__, *args, **kwargs)
 
 
@@ -66,6 +65,10 @@ def is_patched(module: nn.Module) -> bool:
 def modeling_file(module: nn.Module) -> Any:
     """The module of transformers that defines `module`'s class: its helper functions are what the model itself uses."""
     return sys.modules[type(module).forward.__module__]
+
+
+def _has_cache(kwargs: dict) -> bool:
+    return any(kwargs.get(name) is not None for name in _CACHE_NAMES)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -110,8 +113,9 @@ def mlp_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def decoder_layer_forward(layer: nn.Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
     # The class's own forward is wrapped in the checkpointing that is done here; releases of transformers before that
     # did it in `__call__`, which still runs.
-    if layer.gradient_checkpointing and layer.training and type(layer).__call__ is nn.Module.__call__:
-        kwargs |= {"use_cache": False, "past_key_values": None}
+    checkpoints = layer.gradient_checkpointing and type(layer).__call__ is nn.Module.__call__
+    if checkpoints and layer.training and torch.is_grad_enabled():
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*_CACHE_NAMES, "use_cache")}
         return layer._gradient_checkpointing_func(partial(_decoder_layer, layer, **kwargs), hidden_states)
     return _decoder_layer(layer, hidden_states, **kwargs)
 
@@ -135,20 +139,25 @@ class RotaryTables:
     """What `rope` takes, computed once per forward of the model. Not a tuple: FSDP2 casts the floating-point tensors
     that it finds in a layer's arguments to its parameter dtype."""
 
-    cos: torch.Tensor  # fp32 [P, D/2]
+    cos: torch.Tensor  # fp32 [P, D/2], one row per position id
     sin: torch.Tensor
-    rows: torch.Tensor  # [T]: the row of the tables for each token
+    rows: torch.Tensor  # [B, L]: each token's row of the tables
+    dtype: torch.dtype  # that of the hidden states
+
+    def as_transformers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [B, L, D], rounded to the hidden states' dtype: what the rotary module itself returns."""
+        cos, sin = (table[self.rows].to(self.dtype) for table in (self.cos, self.sin))
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
 def rotary_forward(rotary: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
-    """transformers' own table, scaling and all, without its rounding to x.dtype; one row per position id, so that no
-    table has to be long enough for all positions."""
+    """transformers' own table, scaling and all, without its rounding to x.dtype; with a row per position id no table
+    has to be long enough for all positions."""
     cos, sin = getattr(rotary, RECORD).original(x.new_empty(0, dtype=torch.float32), position_ids)
     half = cos.shape[-1] // 2
-    rows = torch.arange(position_ids.numel(), device=x.device).view(position_ids.shape)
-    return RotaryTables(
-        cos[..., :half].reshape(-1, half), sin[..., :half].reshape(-1, half), rows.expand(x.shape[0], -1).reshape(-1)
-    )
+    cos, sin = (t[..., :half].reshape(-1, half) for t in (cos, sin))
+    rows = torch.arange(position_ids.numel(), device=cos.device).view(position_ids.shape)
+    return RotaryTables(cos, sin, rows.expand(x.shape[0], -1), x.dtype)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -162,61 +171,59 @@ class Documents:
     max_seqlen: int
 
 
-def model_forward(
-    model: nn.Module, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-    inputs_embeds=None, use_cache=None, **kwargs,
-):  # fmt: skip
+def model_forward(model: nn.Module, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
     """The decoder stack: finds the documents once, for the attention of all layers."""
     record = getattr(model, RECORD)
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
-    cached = model.config.use_cache if use_cache is None else use_cache
-    documents = _find_documents(model, inputs, attention_mask, position_ids, past_key_values, cached, kwargs)
-    if not torch.compiler.is_compiling():
-        by = "steep" if isinstance(documents, Documents) else documents
-        record.calls[by] = record.calls.get(by, 0) + 1
+    documents: Documents | str = "positional arguments"
+    if not args:
+        documents = _find_documents(model, input_ids, attention_mask, position_ids, kwargs)
     if isinstance(documents, Documents):
         kwargs["steep_documents"] = documents
         # A mask of four dimensions is taken as it is: no [L, L] mask is built for attention that reads none.
-        attention_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=inputs.device)
-    return record.original(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-    )  # fmt: skip
+        attention_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=documents.cu_seqlens.device)
+    if not torch.compiler.is_compiling():
+        by = documents if isinstance(documents, str) else "steep"
+        record.calls[by] = record.calls.get(by, 0) + 1
+    return record.original(input_ids, attention_mask, position_ids, *args, **kwargs)
 
 
-def _find_documents(
-    model: nn.Module, inputs: torch.Tensor, attention_mask, position_ids, past_key_values, cached: bool, kwargs: dict
-) -> Documents | str:
+def _find_documents(model: nn.Module, input_ids, attention_mask, position_ids, kwargs: dict) -> Documents | str:
     """The documents that transformers would let attend to themselves, or why its own attention has to do it.
 
     Tensors are looked at on a CPU only: on a GPU that would be a synchronisation, and under torch.compile a break.
     """
+    inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+    if inputs is None:
+        return "no inputs"
     batch, length = inputs.shape[:2]
     readable = inputs.device.type == "cpu" and not torch.compiler.is_compiling()
-    if past_key_values is not None:
+    use_cache = kwargs.get("use_cache")
+    if _has_cache(kwargs) or (model.config.use_cache if use_cache is None else use_cache):
         return "a key-value cache"
     if model.training and model.config.attention_dropout:
         return "attention dropout"
     if kwargs.get("output_attentions", model.config.output_attentions):
         return "attention weights are asked for"
     if attention_mask is not None:
-        padded = not (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
-        if padded or not readable or not attention_mask.all():
-            return "an attention_mask: padding" if padded or readable else "an attention_mask, not looked at on a GPU"
-    elif (cu_seqlens := kwargs.get("cu_seq_lens_q")) is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return "a mask of more than padding"
+        if not readable:
+            return "an attention_mask, not looked at on a GPU"
+        if not attention_mask.all():
+            return "padding"
+    elif kwargs.get("cu_seq_lens_q") is not None:
         max_seqlen = kwargs.get("max_length_q")
         if batch != 1 or max_seqlen is None or (isinstance(max_seqlen, torch.Tensor) and max_seqlen.is_cuda):
             return "cu_seq_lens_q without batch size 1 and max_length_q as an int"
-        return Documents(cu_seqlens.reshape(-1).to(torch.int32), int(max_seqlen))
-    elif position_ids is not None and not cached:  # with a cache transformers takes position_ids for positions only
+        return Documents(kwargs["cu_seq_lens_q"].reshape(-1).to(torch.int32), int(max_seqlen))
+    elif position_ids is not None:
         if not readable:
             return "position_ids without cu_seq_lens_q and max_length_q, not looked at on a GPU"
         starts = torch.ones(batch, length, dtype=torch.bool)
         starts[:, 1:] = position_ids.diff(dim=-1) != 1
         bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length)
         return Documents(bounds.to(torch.int32), int(bounds.diff().max()))
-    rows = torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length
-    return Documents(rows, length)
+    return Documents(torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length, length)
 
 
 def sliding_window(attn: nn.Module) -> int | None:
@@ -226,66 +233,53 @@ def sliding_window(attn: nn.Module) -> int | None:
 
 
 def attention_forward(
-    attn: nn.Module, hidden_states: torch.Tensor, position_embeddings=None, attention_mask=None, past_key_values=None,
+    attn: nn.Module, hidden_states: torch.Tensor, position_embeddings=None, attention_mask=None,
     steep_documents: Documents | None = None, **kwargs,
 ):  # fmt: skip
     """Projections, rope and attention on flat [T, heads, D]; without documents, transformers' attention function."""
+    tables = position_embeddings if isinstance(position_embeddings, RotaryTables) else None
+    if _has_cache(kwargs):
+        position_embeddings = position_embeddings if tables is None else tables.as_transformers()
+        return getattr(attn, RECORD).original(hidden_states, position_embeddings, attention_mask, **kwargs)
+
     batch, length = hidden_states.shape[:2]
-    q, k, v = (
-        proj(hidden_states).reshape(batch * length, -1, attn.head_dim)
-        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
+    modeling = modeling_file(attn)
+    projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+    q, k, v = (project(hidden_states).view(batch * length, -1, attn.head_dim) for project in projections)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
-
-    if isinstance(tables := position_embeddings, RotaryTables):
-        q, k = rope(q, k, *(t.to(q.device) for t in (tables.cos, tables.sin, tables.rows)))
+    if tables is not None:
+        q, k = rope(q, k, *(t.to(q.device) for t in (tables.cos, tables.sin, tables.rows.reshape(-1))))
     else:
         q, k = (x.view(batch, length, -1, attn.head_dim) for x in (q, k))
-        q, k = modeling_file(attn).apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         q, k = q.flatten(0, 1), k.flatten(0, 1)
 
-    keys, values = (x.view(batch, length, -1, attn.head_dim).transpose(1, 2) for x in (k, v))
-    if past_key_values is not None:
-        keys, values = past_key_values.update(keys, values, attn.layer_idx)
-
     window, weights = sliding_window(attn), None
-    if steep_documents is not None:  # the cache, if there is one, was empty: these tokens are all there is to see
-        cu_seqlens = steep_documents.cu_seqlens.to(q.device)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # fp32 tables or norms promote in transformers; its attention casts back
-        o = attention(q, k, v, cu_seqlens, steep_documents.max_seqlen, window=window, scale=attn.scaling)
+    if steep_documents is not None:
+        cu_seqlens, max_seqlen = steep_documents.cu_seqlens.to(q.device), steep_documents.max_seqlen
+        q, k = q.to(v.dtype), k.to(v.dtype)  # fp32 norms promote in transformers; its attention casts back as well
+        o = attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=attn.scaling)
     else:
-        modeling = modeling_file(attn)
-        interface = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
+        q, k, v = (x.view(batch, length, -1, attn.head_dim).transpose(1, 2) for x in (q, k, v))
+        function = modeling.ALL_ATTENTION_FUNCTIONS.get(
             attn.config._attn_implementation, modeling.eager_attention_forward
         )
-        queries = q.view(batch, length, -1, attn.head_dim).transpose(1, 2)
         dropout = attn.attention_dropout if attn.training else 0.0
-        o, weights = interface(
-            attn, queries, keys, values, attention_mask, dropout=dropout, scaling=attn.scaling, sliding_window=window,
-            **kwargs,
-        )  # fmt: skip
+        options = {"dropout": dropout, "scaling": attn.scaling, "sliding_window": window}
+        o, weights = function(attn, q, k, v, attention_mask, **options, **kwargs)
     return attn.o_proj(o.reshape(batch, length, -1)), weights
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def moe_block_forward(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    if block.training and block.jitter_noise > 0:
-        return getattr(block, RECORD).original(hidden_states)
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    router_logits, weights, experts = block.gate(x)  # called: that is where transformers records the router's logits
-    return block.experts(x, experts, weights, router_logits=router_logits).view(hidden_states.shape)
-
-
 def experts_forward(
-    experts: nn.Module, hidden_states, top_k_index, top_k_weights, router_logits: torch.Tensor | None = None
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    if router_logits is None or getattr(experts, "_is_expert_parallel", False):
-        return getattr(experts, RECORD).original(hidden_states, top_k_index, top_k_weights)
+    """The router stays transformers': its logits are recorded there, and its share of the time is nothing."""
     x, gate_up, down = _autocast(hidden_states, experts.gate_up_proj, experts.down_proj)
-    return moe_mlp(x, router_logits, gate_up, down, top_k_index.shape[-1], renormalize=True)
+    return moe_experts(x, top_k_weights, top_k_index, gate_up, down)
 
 
 # --- output head and loss --------------------------------------------------------------------------------------------
@@ -311,45 +305,43 @@ def lm_head_forward(
 
 
 def causal_lm_forward(
-    model: nn.Module, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-    inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, **kwargs,
+    model: nn.Module, input_ids=None, attention_mask=None, position_ids=None, *args,
+    labels=None, logits_to_keep=0, **kwargs,
 ):  # fmt: skip
-    """In training with labels: the loss without logits (`logits=None` in the output). Else the model's own forward."""
-    inputs = {
-        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-        "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
-    }  # fmt: skip
+    """In training with labels: the loss, and neither logits nor a key-value cache. Else the model's own forward."""
     head = model.lm_head
-    stock_loss = model.loss_function.__name__ == "ForCausalLMLoss"
-    all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if labels is None or not (model.training and stock_loss and all_logits and is_patched(head)):
-        record = getattr(model, RECORD)
-        return record.original(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+    fused = labels is not None and model.training and is_patched(head) and not args
+    fused = fused and isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if not fused or getattr(model.loss_function, "__name__", None) != "ForCausalLMLoss":
+        kwargs |= {"labels": labels, "logits_to_keep": logits_to_keep}
+        return getattr(model, RECORD).original(input_ids, attention_mask, position_ids, *args, **kwargs)
 
     return_dict = kwargs.pop("return_dict", None)
     num_items, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
     ignore_index = kwargs.pop("ignore_index", -100)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    is_moe = hasattr(model, "router_aux_loss_coef")
-    if is_moe and kwargs.get("output_router_logits") is None:
-        kwargs["output_router_logits"] = model.config.output_router_logits
-    outputs = model.model(**inputs, **kwargs)
+    if kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = False
+    routed = kwargs.get("output_router_logits")
+    if routed is None:
+        routed = getattr(model.config, "output_router_logits", False)
+    if routed:
+        kwargs["output_router_logits"] = True
+    outputs = model.model(input_ids, attention_mask, position_ids, **kwargs)
     loss = head(outputs.last_hidden_state, labels=shift_labels, num_items=num_items, ignore_index=ignore_index)
 
     modeling = modeling_file(model)
-    fields = {
-        "past_key_values": outputs.past_key_values, "hidden_states": outputs.hidden_states,
-        "attentions": outputs.attentions,
-    }  # fmt: skip
-    if is_moe:
-        if kwargs["output_router_logits"]:
-            fields["aux_loss"] = modeling.load_balancing_loss_func(
+    fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+    if not hasattr(modeling, "load_balancing_loss_func"):
+        output = modeling.CausalLMOutputWithPast(loss=loss, **fields)
+    else:
+        aux_loss = None
+        if routed:
+            aux_loss = modeling.load_balancing_loss_func(
                 outputs.router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
             )
-            loss = loss + model.router_aux_loss_coef * fields["aux_loss"].to(loss.device)
-        output = modeling.MoeCausalLMOutputWithPast(loss=loss, router_logits=outputs.router_logits, **fields)
-    else:
-        output = modeling.CausalLMOutputWithPast(loss=loss, **fields)
+            loss = loss + model.router_aux_loss_coef * aux_loss.to(loss.device)
+        output = modeling.MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, **fields)
     as_dict = model.config.return_dict if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()

@@ -70,17 +70,16 @@ def patch(
     (`loss`), and packed batches never build a mask (`attention`: batches without padding or a key-value cache; on a
     GPU, packed ones need the arguments cu_seq_lens_q and max_length_q, which DataCollatorWithFlattening makes with
     return_flash_attn_kwargs=True; all else goes through the model's attention function and is counted in the report).
-    Patch after peft has put its adapters in; before or after FSDP2's fully_shard and torch.compile.
+    Patch after peft has put its adapters in and before Accelerator.prepare and torch.compile; before or after FSDP2's
+    fully_shard.
 
     Raises:
-        ValueError: the model's family is not supported, it is tensor parallel, or it is patched already.
+        ValueError: the model's family is not supported, it is tensor parallel, or forwards of its modules have been
+            replaced already, by `patch` or by others.
     """
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = _family(root)
-    if any(hf.is_patched(module) for module in root.modules()):
-        raise ValueError(f"patch: this {type(root).__name__} is patched already; unpatch(model) comes first")
-    if getattr(root, "_tp_size", None):
-        raise ValueError(f"patch: this {type(root).__name__} is tensor parallel; patch does not support that")
+    _check_untouched(root)
 
     wanted = {"rms_norm": rms_norm, "rope": rope, "swiglu": swiglu, "attention": attention, "loss": loss, "moe": moe}
     report = PatchReport(type(root).__name__)
@@ -98,15 +97,26 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every module of `model` back the forward that it had before `patch`; nothing is left behind. A model that
-    is not patched stays as it is."""
+    """Give every module of `model` back the forward that it had before `patch`; nothing is left behind, nor is what
+    was wrapped around a replaced forward since (Accelerator.prepare's autocast). A model that is not patched stays as
+    it is."""
     for module in model.modules():
-        forward = vars(module).pop(hf.RECORD, None)
-        if forward is None:
-            continue
-        vars(module).pop("forward", None)
-        if forward.previous is not None:
-            module.forward = forward.previous
+        if hf.is_patched(module):
+            del module.__dict__["forward"], module.__dict__[hf.RECORD]
+
+
+def _check_untouched(root: nn.Module) -> None:
+    what = f"patch: this {type(root).__name__}"
+    if any(hf.is_patched(module) for module in root.modules()):
+        raise ValueError(f"{what} is patched already; unpatch(model) comes first")
+    if getattr(root, "_tp_size", None):
+        raise ValueError(f"{what} is tensor parallel; patch does not support that")
+    for name, module in root.named_modules():
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{what} has been given another forward in {name or 'the model itself'} (by Accelerator.prepare, "
+                "device_map or another patch), which patch would switch off; patch comes first"
+            )
 
 
 def _family(model: nn.Module) -> str:
@@ -139,10 +149,8 @@ def _replacements(module: nn.Module, family: str, root: nn.Module) -> Iterator[_
         yield _Replacement("attention", None, hf.model_forward, _attention_obstacle(root))
     elif name == f"{family}MLP":
         yield _Replacement("swiglu", "swiglu", hf.mlp_forward, _mlp_obstacle(module, root))
-    elif name == f"{family}SparseMoeBlock":
-        yield _Replacement("moe", None, hf.moe_block_forward, _moe_obstacle(root))
     elif name == f"{family}Experts":
-        yield _Replacement("moe", "moe_mlp", hf.experts_forward, _moe_obstacle(root))
+        yield _Replacement("moe", "moe_experts", hf.experts_forward, _moe_obstacle(root))
     elif module is root and hasattr(root, "lm_head"):
         yield _Replacement("loss", None, hf.causal_lm_forward, _loss_obstacle(root, family))
     elif module is getattr(root, "lm_head", None):
@@ -166,15 +174,13 @@ def _activation_obstacle(root: nn.Module) -> str | None:
 
 def _mlp_obstacle(mlp: nn.Module, root: nn.Module) -> str | None:
     for name in ("gate_proj", "up_proj"):
-        linear = getattr(mlp, name)
-        if not hf.is_plain(linear):
-            what = _class_name(linear)
-            return f"{name} is a {what}{' with a bias or hooks' if what == 'Linear' else ''}"
+        if not hf.is_plain(getattr(mlp, name)):
+            return f"{name} is {_description(getattr(mlp, name))}"
     return _activation_obstacle(root)
 
 
 def _moe_obstacle(root: nn.Module) -> str | None:
-    if hf.moe_mlp is None:
+    if hf.moe_experts is None:
         return "steep.kernels.moe is not part of this installation"
     return _activation_obstacle(root)
 
@@ -182,6 +188,13 @@ def _moe_obstacle(root: nn.Module) -> str | None:
 def _loss_obstacle(root: nn.Module, family: str) -> str | None:
     if _class_name(root) != f"{family}ForCausalLM":
         return f"{type(root).__name__} has a forward of its own"
-    if _class_name(root.lm_head) != "Linear" or root.lm_head.bias is not None:
-        return f"lm_head is a {_class_name(root.lm_head)}, with a bias or not an nn.Linear"
+    head = root.lm_head
+    if not (type(head) is nn.Linear or type(head).__name__ == "FSDPLinear") or head.bias is not None:
+        return f"lm_head is {_description(head)}"
     return None
+
+
+def _description(linear: nn.Module) -> str:
+    if type(linear) is nn.Linear:
+        return "an nn.Linear with a bias or hooks"
+    return f"a {type(linear).__module__}.{type(linear).__name__}"
