@@ -21,7 +21,7 @@ FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"]
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "use_cache": False,
-    "attn_implementation": "sdpa", "initializer_range": 0.2,  # large: attention that matters, gradients that do not cancel
+    "attn_implementation": "sdpa", "initializer_range": 0.2,  # large: scores that matter, gradients that do not cancel
 }  # fmt: skip
 EXTRA = {"Mistral": {"sliding_window": 5}, "Mixtral": {"num_local_experts": 4, "experts_implementation": "eager"}}
 LENGTHS = [7, 1, 9]
@@ -376,7 +376,7 @@ def test_what_cannot_be_replaced_is_named_and_left_alone():
     assert patch(tiny("Qwen3", "Model")).rows
 
 
-def test_dropout_and_jitter_stay_what_they_were():
+def test_attention_dropout_stays_what_it_was():
     model, inputs = tiny("Llama", attention_dropout=0.5).train(), rows()
     mine = copy.deepcopy(model)
     report = patch(mine)
