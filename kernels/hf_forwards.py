@@ -35,6 +35,7 @@ except ImportError:  # not part of this installation: `patch` leaves experts alo
     moe_experts = None
 
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers' argument for a key-value cache, since 5.24 and before
+Module = Any  # an nn.Module of transformers, whose attributes no type checker knows
 RECORD = "_steep_forward"  # the one attribute that a patched module carries beside `forward`
 
 
@@ -42,7 +43,7 @@ class Forward:
     """A replaced forward: a bound method that knows what it stands in for, and that survives pickling (Python pickles
     methods by name, and would find the class's own `forward` again)."""
 
-    def __init__(self, function: Callable, module: nn.Module, calls: dict[str, int]):
+    def __init__(self, function: Callable, module: Module, calls: dict[str, int]):
         self.__func__, self.__self__ = function, module
         self.calls = calls  # one dict per model, shown by its PatchReport: forwards by who computed the attention
 
@@ -58,11 +59,11 @@ class Forward:
         return type(self.__self__).forward(self.__self__, *args, **kwargs)
 
 
-def is_patched(module: nn.Module) -> bool:
+def is_patched(module: Module) -> bool:
     return RECORD in vars(module)
 
 
-def modeling_file(module: nn.Module) -> Any:
+def modeling_file(module: Module) -> Any:
     """The module of transformers that defines `module`'s class: its helper functions are what the model itself uses."""
     return sys.modules[type(module).forward.__module__]
 
@@ -82,7 +83,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # --- norm, MLP, decoder layer ----------------------------------------------------------------------------------------
 
 
-def rms_norm_forward(norm: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+def rms_norm_forward(norm: Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
     """norm(hidden_states), or with `residual` the pair (norm(s), s), s = residual + hidden_states."""
     weight, eps = norm.weight, norm.variance_epsilon
     if residual is not None:
@@ -95,14 +96,14 @@ def rms_norm_forward(norm: nn.Module, hidden_states: torch.Tensor, residual: tor
     return rms_norm(hidden_states, weight, eps)
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: Module) -> bool:
     """Whether x W^T is all that calling `linear` does: no bias, LoRA, quantisation, tensor parallelism, sharding of its
     own. What brings those along changes the class or hangs hooks on the module."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return type(linear) is nn.Linear and linear.bias is None and "forward" not in vars(linear) and not any(hooks)
 
 
-def mlp_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def mlp_forward(mlp: Module, x: torch.Tensor) -> torch.Tensor:
     if not (is_plain(mlp.gate_proj) and is_plain(mlp.up_proj)):
         return getattr(mlp, RECORD).original(x)
     operands = _autocast(x.reshape(-1, x.shape[-1]), mlp.gate_proj.weight, mlp.up_proj.weight)
@@ -110,7 +111,7 @@ def mlp_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp.down_proj(h.view(*x.shape[:-1], -1))
 
 
-def decoder_layer_forward(layer: nn.Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+def decoder_layer_forward(layer: Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
     # The class's own forward is wrapped in the checkpointing that is done here; releases of transformers before that
     # did it in `__call__`, which still runs.
     checkpoints = layer.gradient_checkpointing and type(layer).__call__ is nn.Module.__call__
@@ -120,7 +121,7 @@ def decoder_layer_forward(layer: nn.Module, hidden_states: torch.Tensor, **kwarg
     return _decoder_layer(layer, hidden_states, **kwargs)
 
 
-def _decoder_layer(layer: nn.Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+def _decoder_layer(layer: Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     norm = layer.post_attention_layernorm
     if is_patched(norm):
@@ -150,7 +151,7 @@ class RotaryTables:
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
-def rotary_forward(rotary: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
+def rotary_forward(rotary: Module, x: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
     """transformers' own table, scaling and all, without its rounding to x.dtype; with a row per position id no table
     has to be long enough for all positions."""
     cos, sin = getattr(rotary, RECORD).original(x.new_empty(0, dtype=torch.float32), position_ids)
@@ -171,7 +172,7 @@ class Documents:
     max_seqlen: int
 
 
-def model_forward(model: nn.Module, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
+def model_forward(model: Module, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
     """The decoder stack: finds the documents once, for the attention of all layers."""
     record = getattr(model, RECORD)
     documents: Documents | str = "positional arguments"
@@ -187,7 +188,7 @@ def model_forward(model: nn.Module, input_ids=None, attention_mask=None, positio
     return record.original(input_ids, attention_mask, position_ids, *args, **kwargs)
 
 
-def _find_documents(model: nn.Module, input_ids, attention_mask, position_ids, kwargs: dict) -> Documents | str:
+def _find_documents(model: Module, input_ids, attention_mask, position_ids, kwargs: dict) -> Documents | str:
     """The documents that transformers would let attend to themselves, or why its own attention has to do it.
 
     Tensors are looked at on a CPU only: on a GPU that would be a synchronisation, and under torch.compile a break.
@@ -226,14 +227,14 @@ def _find_documents(model: nn.Module, input_ids, attention_mask, position_ids, k
     return Documents(torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length, length)
 
 
-def sliding_window(attn: nn.Module) -> int | None:
+def sliding_window(attn: Module) -> int | None:
     if type(attn).__name__.endswith("LlamaAttention"):  # ignores whatever its configuration says
         return None
     return attn.sliding_window if hasattr(attn, "sliding_window") else getattr(attn.config, "sliding_window", None)
 
 
 def attention_forward(
-    attn: nn.Module, hidden_states: torch.Tensor, position_embeddings=None, attention_mask=None,
+    attn: Module, hidden_states: torch.Tensor, position_embeddings=None, attention_mask=None,
     steep_documents: Documents | None = None, **kwargs,
 ):  # fmt: skip
     """Projections, rope and attention on flat [T, heads, D]; without documents, transformers' attention function."""
@@ -275,7 +276,7 @@ def attention_forward(
 
 
 def experts_forward(
-    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    experts: Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The router stays transformers': its logits are recorded there, and its share of the time is nothing."""
     x, gate_up, down = _autocast(hidden_states, experts.gate_up_proj, experts.down_proj)
@@ -286,7 +287,7 @@ def experts_forward(
 
 
 def lm_head_forward(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, num_items=None,
+    head: Module, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, num_items=None,
     ignore_index: int = -100,
 ) -> torch.Tensor:  # fmt: skip
     """Logits; or with `labels`, already shifted, the loss: the sum over targets divided by num_items (None: their
@@ -305,7 +306,7 @@ def lm_head_forward(
 
 
 def causal_lm_forward(
-    model: nn.Module, input_ids=None, attention_mask=None, position_ids=None, *args,
+    model: Module, input_ids=None, attention_mask=None, position_ids=None, *args,
     labels=None, logits_to_keep=0, **kwargs,
 ):  # fmt: skip
     """In training with labels: the loss, and neither logits nor a key-value cache. Else the model's own forward."""

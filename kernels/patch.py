@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -35,8 +36,8 @@ class PatchReport:
             rows.append((kernel, modules, str(count), f"not replaced: {reason}" if reason else ""))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [f"{self.model} with steep.kernels"]
-        for kernel, modules, count, note in rows:
-            lines.append(f"  {kernel:<{widths[0]}}  {modules:<{widths[1]}}  {count:>{widths[2]}}  {note}".rstrip())
+        for kernel, modules, number, note in rows:
+            lines.append(f"  {kernel:<{widths[0]}}  {modules:<{widths[1]}}  {number:>{widths[2]}}  {note}".rstrip())
         if self.calls:
             lines.append("forwards of the model, by who computed the attention")
             lines += [
@@ -54,7 +55,7 @@ class _Replacement:
 
 
 def patch(
-    model: nn.Module,
+    model: Any,
     *,
     rms_norm: bool = True,
     rope: bool = True,
@@ -79,20 +80,19 @@ def patch(
     """
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = _family(root)
-    _check_untouched(root)
-
+    modules = root.named_modules()
+    plan = [(name, module, todo) for name, module in modules for todo in _replacements(module, family, root)]
+    _check_untouched(root, plan)
     wanted = {"rms_norm": rms_norm, "rope": rope, "swiglu": swiglu, "attention": attention, "loss": loss, "moe": moe}
     report = PatchReport(type(root).__name__)
-    for name, module in root.named_modules():
-        modules = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) or "(the model itself)"
-        for replacement in _replacements(module, family, root):
-            reason = replacement.obstacle if wanted[replacement.option] else f"{replacement.option}=False"
-            if reason is None and not hf.is_patched(module):  # rope and attention share a forward
-                module.forward = forward = hf.Forward(replacement.forward, module, report.calls)
-                setattr(module, hf.RECORD, forward)
-            if replacement.kernel is not None:
-                key = (replacement.kernel, modules, reason)
-                report.rows[key] = report.rows.get(key, 0) + 1
+    for name, module, todo in plan:
+        reason = todo.obstacle if wanted[todo.option] else f"{todo.option}=False"
+        if reason is None and not hf.is_patched(module):  # rope and attention share a forward
+            module.forward = forward = hf.Forward(todo.forward, module, report.calls)
+            setattr(module, hf.RECORD, forward)
+        if todo.kernel is not None:
+            row = (todo.kernel, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason)
+            report.rows[row] = report.rows.get(row, 0) + 1
     return report
 
 
@@ -105,14 +105,16 @@ def unpatch(model: nn.Module) -> None:
             del module.__dict__["forward"], module.__dict__[hf.RECORD]
 
 
-def _check_untouched(root: nn.Module) -> None:
+def _check_untouched(root: Any, plan: list[tuple[str, Any, _Replacement]]) -> None:
     what = f"patch: this {type(root).__name__}"
     if any(hf.is_patched(module) for module in root.modules()):
         raise ValueError(f"{what} is patched already; unpatch(model) comes first")
     if getattr(root, "_tp_size", None):
         raise ValueError(f"{what} is tensor parallel; patch does not support that")
-    for name, module in root.named_modules():
-        if "forward" in vars(module):
+    for name, module, _ in plan:
+        forward = vars(module).get("forward")
+        # transformers 5.0 leaves the class's own forward on instances whose outputs it has recorded.
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
             raise ValueError(
                 f"{what} has been given another forward in {name or 'the model itself'} (by Accelerator.prepare, "
                 "device_map or another patch), which patch would switch off; patch comes first"
@@ -133,7 +135,7 @@ def _class_name(module: nn.Module) -> str:
     return type(module).__name__.removeprefix("FSDP")  # fully_shard puts a class FSDP<Class> over <Class>
 
 
-def _replacements(module: nn.Module, family: str, root: nn.Module) -> Iterator[_Replacement]:
+def _replacements(module: Any, family: str, root: Any) -> Iterator[_Replacement]:
     """What can be put on one module, in the order of the report."""
     name = _class_name(module)
     if name == f"{family}RMSNorm":
@@ -157,35 +159,35 @@ def _replacements(module: nn.Module, family: str, root: nn.Module) -> Iterator[_
         yield _Replacement("loss", "linear_cross_entropy", hf.lm_head_forward, _loss_obstacle(root, family))
 
 
-def _rope_obstacle(root: nn.Module) -> str | None:
+def _rope_obstacle(root: Any) -> str | None:
     rotary, attn = root.base_model.rotary_emb, root.base_model.layers[0].self_attn
     rotated = 2 * rotary.inv_freq.numel()
     return None if rotated == attn.head_dim else f"only {rotated} of {attn.head_dim} dimensions of a head are rotated"
 
 
-def _attention_obstacle(root: nn.Module) -> str | None:
+def _attention_obstacle(root: Any) -> str | None:
     return None if getattr(root.config, "is_causal", True) else "the attention is not causal"
 
 
-def _activation_obstacle(root: nn.Module) -> str | None:
+def _activation_obstacle(root: Any) -> str | None:
     activation = root.config.hidden_act
     return None if activation in ("silu", "swish") else f"the activation is {activation}, not silu"
 
 
-def _mlp_obstacle(mlp: nn.Module, root: nn.Module) -> str | None:
+def _mlp_obstacle(mlp: Any, root: Any) -> str | None:
     for name in ("gate_proj", "up_proj"):
         if not hf.is_plain(getattr(mlp, name)):
             return f"{name} is {_description(getattr(mlp, name))}"
     return _activation_obstacle(root)
 
 
-def _moe_obstacle(root: nn.Module) -> str | None:
+def _moe_obstacle(root: Any) -> str | None:
     if hf.moe_experts is None:
         return "steep.kernels.moe is not part of this installation"
     return _activation_obstacle(root)
 
 
-def _loss_obstacle(root: nn.Module, family: str) -> str | None:
+def _loss_obstacle(root: Any, family: str) -> str | None:
     if _class_name(root) != f"{family}ForCausalLM":
         return f"{type(root).__name__} has a forward of its own"
     head = root.lm_head
