@@ -119,7 +119,7 @@ def _new_dw(weight: torch.Tensor, rows: int, need: bool) -> torch.Tensor:
 def _refuse_recomputation() -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "linear_cross_entropy: called with grad_buffer inside a backward pass (activation checkpointing?), which "
+            "linear_cross_entropy: called with main_grad inside a backward pass (activation checkpointing?), which "
             "would add dW twice; keep it out of the checkpointed region"
         )
 
@@ -130,23 +130,23 @@ def _refuse_recomputation() -> None:
 def _lce_cpu(
     x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None, ignore_index: int,
     label_smoothing: float, z_loss: float, logits_dtype: torch.dtype, chunk_tokens: int | None, num_valid: int | None,
-    grad_buffer: torch.Tensor | None, need_dx: bool, need_dw: bool,
+    main_grad: torch.Tensor | None, need_dx: bool, need_dw: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     # On the CPU the labels are free to look at: ignored rows are left out of all three GEMMs.
     rows = torch.nonzero(labels != ignore_index).squeeze(1)
     if num_valid is not None and num_valid != len(rows):
         raise ValueError(f"linear_cross_entropy: num_valid is {num_valid}, but {len(rows)} labels are not ignored")
-    if grad_buffer is not None:
+    if main_grad is not None:
         _refuse_recomputation()
     scale = torch.ones((), dtype=torch.float32) if scale is None else scale
     dx = torch.zeros(x.shape if need_dx else 0, dtype=x.dtype)
-    dw = _new_dw(weight, len(rows), need_dw and grad_buffer is None)
-    target = dw if grad_buffer is None else grad_buffer
+    dw = _new_dw(weight, len(rows), need_dw and main_grad is None)
+    target = dw if main_grad is None else main_grad
     chunk = _chunk_size(len(rows), chunk_tokens or _CHUNK_TOKENS_CPU, 1)
     buffer = torch.empty(chunk, weight.shape[0], dtype=logits_dtype)
     nll, loss = _run_chunks(
         cross_entropy_cpu, x, weight, labels, scale, rows, chunk, buffer, dx if need_dx else None,
-        target if need_dw else None, grad_buffer is not None, (ignore_index, label_smoothing, z_loss),
+        target if need_dw else None, main_grad is not None, (ignore_index, label_smoothing, z_loss),
     )  # fmt: skip
     return loss.sum(), nll.new_zeros(len(x)).index_copy_(0, rows, nll), dx, dw
 
@@ -157,9 +157,9 @@ def _lce_cpu(
 def _lce_triton(
     x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | None, ignore_index: int,
     label_smoothing: float, z_loss: float, logits_dtype: torch.dtype, chunk_tokens: int | None, num_valid: int | None,
-    grad_buffer: torch.Tensor | None, need_dx: bool, need_dw: bool,
+    main_grad: torch.Tensor | None, need_dx: bool, need_dw: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    if grad_buffer is not None:
+    if main_grad is not None:
         _refuse_recomputation()
     (tokens, hidden), vocab = x.shape, weight.shape[0]
     labels = labels.contiguous()
@@ -179,8 +179,8 @@ def _lce_triton(
         dx = (truth - 1).to(x.dtype).expand(x.shape).contiguous()
     else:
         dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
-    dw = _new_dw(weight, count, need_dw and grad_buffer is None)
-    target = dw if grad_buffer is None else grad_buffer
+    dw = _new_dw(weight, count, need_dw and main_grad is None)
+    target = dw if main_grad is None else main_grad
     # Rows begin at multiples of 128 bytes: whole vectors for the row kernel and for the GEMMs, whatever V is.
     width = cdiv(vocab, 64) * 64
     row_bytes = width * logits_dtype.itemsize + (0 if rows is None else hidden * x.element_size())
@@ -188,7 +188,7 @@ def _lce_triton(
     buffer = torch.empty(min(chunk, count), width, dtype=logits_dtype, device=x.device)
     nll, loss = _run_chunks(
         cross_entropy_triton, x, weight, labels, scale, rows, chunk, buffer, dx if need_dx else None,
-        target if need_dw else None, grad_buffer is not None, (ignore_index, label_smoothing, z_loss),
+        target if need_dw else None, main_grad is not None, (ignore_index, label_smoothing, z_loss),
     )  # fmt: skip
     if rows is not None:
         nll = nll.new_zeros(tokens).index_copy_(0, rows, nll)
@@ -220,7 +220,7 @@ def _scale_triton(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def _lce_fake(
-    x, weight, labels, scale, ignore_index, label_smoothing, z_loss, logits_dtype, chunk_tokens, num_valid, grad_buffer,
+    x, weight, labels, scale, ignore_index, label_smoothing, z_loss, logits_dtype, chunk_tokens, num_valid, main_grad,
     need_dx, need_dw,
 ):  # fmt: skip
     acc = compute_dtype(x.dtype)
@@ -228,14 +228,14 @@ def _lce_fake(
         x.new_empty((), dtype=acc),
         x.new_empty(labels.shape, dtype=acc),
         x.new_empty(x.shape if need_dx else (0,)),
-        x.new_empty(weight.shape if need_dw and grad_buffer is None else (0,), dtype=acc),
+        x.new_empty(weight.shape if need_dw and main_grad is None else (0,), dtype=acc),
     )
 
 
 _lce_op = define_op(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor labels, Tensor? scale, int ignore_index, float label_smoothing, float z_loss,"
-    " ScalarType logits_dtype, SymInt? chunk_tokens, SymInt? num_valid, Tensor(a!)? grad_buffer, bool need_dx,"
+    " ScalarType logits_dtype, SymInt? chunk_tokens, SymInt? num_valid, Tensor(a!)? main_grad, bool need_dx,"
     " bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_lce_cpu,
     cuda=_lce_triton,
@@ -252,11 +252,11 @@ _scale_op = define_op(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, scale, options, grad_buffer, need_dx, need_dw):
-        loss, nll, dx, dw = _lce_op(x, weight, labels, scale, *options, grad_buffer, need_dx, need_dw)
+    def forward(ctx, x, weight, labels, scale, options, main_grad, need_dx, need_dw):
+        loss, nll, dx, dw = _lce_op(x, weight, labels, scale, *options, main_grad, need_dx, need_dw)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
-        ctx.buffered = grad_buffer is not None
+        ctx.buffered = main_grad is not None
         ctx.done = False
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -269,7 +269,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_dx, need_dw = ctx.needs_input_grad[:2]
         if ctx.buffered:
             if ctx.done:
-                raise RuntimeError("linear_cross_entropy: a loss with grad_buffer can be backpropagated once")
+                raise RuntimeError("linear_cross_entropy: a loss with main_grad can be backpropagated once")
             ctx.done = True
             # dW has been added as it is: of another dloss nothing would be right.
             dloss = torch.where(dloss == 1, dloss, float("nan"))
@@ -293,7 +293,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logits_dtype: torch.dtype | None = None,
     num_valid: int | None = None,
-    grad_buffer: torch.Tensor | None = None,
+    main_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, nll): loss = sum_t scale_t * (smoothed nll_t + z_loss * lse_t^2) over the rows that have a label.
 
@@ -311,7 +311,7 @@ def linear_cross_entropy(
         num_valid: how many labels are not ignore_index, as the packer knows it. With more than 5 % of the rows ignored
             a GPU then computes only the others. A wrong number is a ValueError on a CPU; a GPU cannot tell the host,
             there loss and gradients are NaN.
-        grad_buffer: fp32 [V, H], contiguous. dW is added to it by this call, and weight gets no gradient from autograd:
+        main_grad: fp32 [V, H], contiguous. dW is added to it by this call, and weight gets no gradient from autograd:
             no other memory of that size is needed. The loss must then be backpropagated once, with upstream gradient 1
             (factors belong into `scale`): for any other one x's gradient is NaN.
 
@@ -322,7 +322,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: arguments that do not agree.
-        RuntimeError: grad_buffer in a forward pass that a backward pass runs again: dW would be added twice.
+        RuntimeError: main_grad in a forward pass that a backward pass runs again: dW would be added twice.
     """
     if hasattr(weight, "full_tensor"):
         raise ValueError("linear_cross_entropy: weight is a DTensor; call it in the module that owns it: FusedLMHead")
@@ -351,14 +351,14 @@ def linear_cross_entropy(
     if num_valid is not None and not 0 <= num_valid <= len(x):
         raise ValueError(f"linear_cross_entropy: num_valid is {num_valid}; x has {len(x)} rows")
     need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
-    if grad_buffer is not None:
-        check_tensor("linear_cross_entropy: grad_buffer", grad_buffer, tuple(weight.shape), dtype=acc, like=x)
-        if not grad_buffer.is_contiguous() or grad_buffer.requires_grad:
-            raise ValueError("linear_cross_entropy: grad_buffer must be contiguous and require no gradient")
+    if main_grad is not None:
+        check_tensor("linear_cross_entropy: main_grad", main_grad, tuple(weight.shape), dtype=acc, like=x)
+        if not main_grad.is_contiguous() or main_grad.requires_grad:
+            raise ValueError("linear_cross_entropy: main_grad must be contiguous and require no gradient")
         if need_dw and not need_dx:
             # Nothing would carry the news of an upstream gradient other than 1.
-            raise ValueError("linear_cross_entropy: grad_buffer is for an x that requires a gradient")
+            raise ValueError("linear_cross_entropy: main_grad is for an x that requires a gradient")
     options = (ignore_index, float(label_smoothing), float(z_loss), logits_dtype, chunk_tokens, num_valid)
     return _LinearCrossEntropy.apply(
-        x, weight, labels, scale, options, grad_buffer if need_dw else None, need_dx, need_dw
+        x, weight, labels, scale, options, main_grad if need_dw else None, need_dx, need_dw
     )

@@ -171,7 +171,7 @@ def test_under_no_grad_only_the_loss_is_computed(path, smoothing, monkeypatch):
     for gradient in ("_weight_gradient", "_input_gradient"):
         monkeypatch.setattr(module, gradient, None)
     with torch.no_grad():
-        got = linear_cross_entropy(x, w, labels, grad_buffer=buffer, **options)
+        got = linear_cross_entropy(x, w, labels, main_grad=buffer, **options)
     assert max(errors(got, want)) < FP32_BOUND
     assert torch.equal(buffer, torch.ones(30, 8))
 
@@ -224,22 +224,22 @@ def test_a_wrong_number_of_labels_never_drops_a_row_silently(num_valid, monkeypa
     assert loss.isnan() == x.grad.isnan().any() == (num_valid != 6)
 
 
-def test_grad_buffer_takes_the_gradient_of_the_weight(path, dtype):
+def test_main_grad_takes_the_gradient_of_the_weight(path, dtype):
     x, w = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (20, 30))
     labels, before = torch.randint(0, 30, (20,)), torch.randn(30, 8)
     linear_cross_entropy(x, w, labels, chunk_tokens=8)[0].backward()
     want_dx, want_dw, x.grad, w.grad = x.grad, w.grad, None, None
     buffer = before.clone()
     for _ in range(2):  # two micro batches
-        linear_cross_entropy(x, w, labels, chunk_tokens=8, grad_buffer=buffer)[0].backward()
+        linear_cross_entropy(x, w, labels, chunk_tokens=8, main_grad=buffer)[0].backward()
     assert w.grad is None
     assert torch.equal(x.grad, 2 * want_dx)
     assert max(errors([buffer], [before + 2 * want_dw.double()])) < (FP32_BOUND if dtype == torch.float32 else 4e-3)
 
 
-def test_grad_buffer_allows_no_other_upstream_gradient_than_one(path):
+def test_main_grad_allows_no_other_upstream_gradient_than_one(path):
     x, w, buffer = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True), torch.zeros(30, 8)
-    loss, _ = linear_cross_entropy(x, w, torch.arange(5), grad_buffer=buffer)
+    loss, _ = linear_cross_entropy(x, w, torch.arange(5), main_grad=buffer)
     (0.5 * loss).backward(retain_graph=True)
     assert x.grad.isnan().all()
     with pytest.raises(RuntimeError, match="backpropagated once"):
@@ -247,18 +247,18 @@ def test_grad_buffer_allows_no_other_upstream_gradient_than_one(path):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_grad_buffer_refuses_to_be_recomputed(path, reentrant):
+def test_main_grad_refuses_to_be_recomputed(path, reentrant):
     x, w, buffer = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True), torch.zeros(30, 8)
 
     def head(x):
-        return linear_cross_entropy(x.sin(), w, torch.arange(5), grad_buffer=buffer)[0]
+        return linear_cross_entropy(x.sin(), w, torch.arange(5), main_grad=buffer)[0]
 
     loss = checkpoint(head, x, use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="backward pass"):
         loss.backward()
 
 
-def test_checkpointing_without_grad_buffer(path):
+def test_checkpointing_without_main_grad(path):
     x, w = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
 
     def head(x):
@@ -276,7 +276,7 @@ def test_compiles_as_one_graph_with_all_options():
 
     def head(x, w, buffer):
         options = {"label_smoothing": 0.1, "z_loss": 0.01, "num_valid": 8, "chunk_tokens": 4}
-        return linear_cross_entropy(x, w, labels, scale=scale, grad_buffer=buffer, **options)[0]
+        return linear_cross_entropy(x, w, labels, scale=scale, main_grad=buffer, **options)[0]
 
     results = []
     for run in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
@@ -354,7 +354,7 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.parametrize(("vocab", "hidden"), MODELS.items())
 @pytest.mark.parametrize("num_valid", [None, 12000])
-def test_with_grad_buffer_the_chunk_is_all_that_is_allocated(vocab, hidden, num_valid, monkeypatch):
+def test_with_main_grad_the_chunk_is_all_that_is_allocated(vocab, hidden, num_valid, monkeypatch):
     """The GPU path at real size on meta tensors: beside x's gradient and the losses, one buffer of logits."""
     module = kernel_module("linear_cross_entropy")
     monkeypatch.setattr(module, "_device_memory", lambda device: CARD)
@@ -414,12 +414,12 @@ def test_wrong_inputs_are_named():
         ("chunk_tokens", 0),
         ("num_valid", 4),
         ("logits_dtype", torch.bfloat16),
-        ("grad_buffer", torch.ones(5, 3)),
-        ("grad_buffer", torch.ones(4, 5).T),
-        ("grad_buffer", w.bfloat16()),
+        ("main_grad", torch.ones(5, 3)),
+        ("main_grad", torch.ones(4, 5).T),
+        ("main_grad", w.bfloat16()),
     ):
         arguments = {"labels": labels, name: value}
         with pytest.raises(ValueError, match=f"linear_cross_entropy: {name}"):
             linear_cross_entropy(x, w, **arguments)
     with pytest.raises(ValueError, match="an x that requires a gradient"):
-        linear_cross_entropy(x, w.requires_grad_(), labels, grad_buffer=torch.ones(5, 4))
+        linear_cross_entropy(x, w.requires_grad_(), labels, main_grad=torch.ones(5, 4))
