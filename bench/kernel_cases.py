@@ -199,7 +199,7 @@ def rope(
 ) -> Case:
     """q and k of a fused projection; with `norms` Qwen3's RMSNorm of each head before the rotation."""
     heads = [heads_q, heads_k, heads_k]
-    kept = {"q_norm": at.random(head_dim), "k_norm": at.random(head_dim), "eps": EPS} if norms else {}
+    kept: dict[str, Any] = {"q_norm": at.random(head_dim), "k_norm": at.random(head_dim), "eps": EPS} if norms else {}
 
     def build(rows: int) -> Problem:
         positions, cu_seqlens, longest = _positions(rows, min(documents, rows), at.device)
@@ -269,14 +269,14 @@ def adamw(at: Place, count: int, param: torch.dtype, residual: Residual, moments
             for p, first in zip(params, firsts)
         ]
         step = torch.ones((), dtype=torch.float32, device=at.device)
-        settings = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        settings: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
         functions: Functions = {"steep": lambda: kernels.adamw_(shards, grads, step=step, **settings)}
         if param == moments == torch.float32:
-            states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-            copies, (beta1, beta2) = [p.clone() for p in params], settings["betas"]
+            exp_avgs, exp_avg_sqs = ([torch.zeros_like(p) for p in params] for _ in range(2))
+            copies = [p.clone() for p in params]
             functions["torch fused"] = lambda: torch._fused_adamw_(
-                copies, grads, *states, [], [step] * 16, lr=1e-5, beta1=beta1, beta2=beta2, weight_decay=0.1, eps=1e-8,
-                amsgrad=False, maximize=False,
+                copies, grads, exp_avgs, exp_avg_sqs, [], [step] * 16, lr=1e-5, beta1=0.9, beta2=0.95,
+                weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
         return Problem((), functions)
 
@@ -402,8 +402,10 @@ def moe(at: Place, tokens: int, hidden: int, width: int, experts: int, top_k: in
             at.random(experts, hidden, width, std=width**-0.5),
         )
         functions: Functions = {
-            "steep": lambda *inputs: kernels.moe_mlp(*inputs, top_k), "eager": eager, **peers.moe(top_k)
-        }  # fmt: skip
+            "steep": lambda x, logits, gate_up, down: kernels.moe_mlp(x, logits, gate_up, down, top_k),
+            "eager": eager,
+            **peers.moe(top_k),
+        }
         return Problem(inputs, functions, eager)
 
     flops = 6 * tokens * top_k * hidden * width

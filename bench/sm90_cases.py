@@ -106,9 +106,6 @@ def swiglu() -> Iterator[Case]:
             ("_swiglu_backward_recompute_triton", (h, gate_up, False), "_backward_kernel"),
         ):
             yield Case(f"swiglu {function} I={width}", "swiglu", function, args, {kernel: WIDE})
-        yield Case(f"swiglu I={width}", "swiglu", "_swiglu_triton", (gate_up,), {"_forward_kernel": WIDE})
-        args = (h, gate_up)
-        yield Case(f"swiglu backward I={width}", "swiglu", "_swiglu_backward_triton", args, {"_backward_kernel": WIDE})
 
 
 def linear_cross_entropy() -> Iterator[Case]:

@@ -25,14 +25,10 @@ from torch import nn
 from .attention import attention
 from .gate_up import gate_up_linear
 from .linear_cross_entropy import linear_cross_entropy
+from .moe import moe_experts
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
-
-try:
-    from .moe import moe_experts
-except ImportError:  # not part of this installation: `patch` leaves experts alone and says so
-    moe_experts = None
 
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers' argument for a key-value cache, since 5.24 and before
 Module = Any  # an nn.Module of transformers, whose attributes no type checker knows

@@ -152,7 +152,7 @@ def _replacements(module: Any, family: str, root: Any) -> Iterator[_Replacement]
     elif name == f"{family}MLP":
         yield _Replacement("swiglu", "swiglu", hf.mlp_forward, _mlp_obstacle(module, root))
     elif name == f"{family}Experts":
-        yield _Replacement("moe", "moe_experts", hf.experts_forward, _moe_obstacle(root))
+        yield _Replacement("moe", "moe_experts", hf.experts_forward, _activation_obstacle(root))
     elif module is root and hasattr(root, "lm_head"):
         yield _Replacement("loss", None, hf.causal_lm_forward, _loss_obstacle(root, family))
     elif module is getattr(root, "lm_head", None):
@@ -178,12 +178,6 @@ def _mlp_obstacle(mlp: Any, root: Any) -> str | None:
     for name in ("gate_proj", "up_proj"):
         if not hf.is_plain(getattr(mlp, name)):
             return f"{name} is {_description(getattr(mlp, name))}"
-    return _activation_obstacle(root)
-
-
-def _moe_obstacle(root: Any) -> str | None:
-    if hf.moe_experts is None:
-        return "steep.kernels.moe is not part of this installation"
     return _activation_obstacle(root)
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from steep.kernels import patch, unpatch
 from tests.kernels.conftest import use_triton
-from tests.kernels.kernel_checks import kernel_module
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"]
 SIZES = {
@@ -103,14 +102,6 @@ def patched(model: nn.Module, **options) -> nn.Module:
     return model
 
 
-def reference_experts(x, weights, experts, gate_up, down):
-    out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    for e in range(len(gate_up)):
-        gate, up = (x @ gate_up[e].T).chunk(2, dim=-1)
-        out = out + (F.silu(gate) * up @ down[e].T) * (weights * (experts == e)).sum(1, keepdim=True)
-    return out.to(x.dtype)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     """Models this small lose more by waiting for a second thread than it computes."""
@@ -118,14 +109,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _experts(monkeypatch):
-    """Where steep.kernels.moe is not installed, its formula stands in: what is tested here is how it is called."""
-    forwards = kernel_module("hf_forwards")
-    if forwards.moe_experts is None:
-        monkeypatch.setattr(forwards, "moe_experts", reference_experts)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
