@@ -20,6 +20,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -290,14 +291,35 @@ class _Attention(torch.autograd.Function):
 
 # --- backends --------------------------------------------------------------------------------------------------------
 
-# What the foreign ones import. FlashAttention 2 and 3 are called through their public function: it takes care of
-# autograd, is an operator to torch.compile, and hands `deterministic` on, which FlashAttention-3's operator does not.
+# What the foreign ones import.
 MODULES = {
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_4": "flash_attn.cute.interface",
     "flash_attention_2": "flash_attn",
 }
-_loaded: dict[str, Callable[..., torch.Tensor]] = {}
+
+
+def _flash_attention(
+    flash_attn_varlen_func, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale
+):
+    """FlashAttention 2 and 3 are called through their public function: it takes care of autograd, is an operator to
+    torch.compile, and hands `deterministic` on, which the operator of FlashAttention-3 alone does not."""
+    result = flash_attn_varlen_func(
+        q, k, v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        deterministic=True,
+    )  # fmt: skip
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _operator(name, q, k, v, *documents):
+    return _Attention.apply(q, k, v, *documents, name)
 
 
 def load_backend(name: str) -> Callable[..., torch.Tensor]:
@@ -305,28 +327,11 @@ def load_backend(name: str) -> Callable[..., torch.Tensor]:
     returns o under autograd. ImportError where the backend's package is missing or broken."""
     module = importlib.import_module(MODULES[name]) if name in MODULES else None
     if name in _FORWARD:
+        return partial(_operator, name)
+    return partial(_flash_attention, module.flash_attn_varlen_func)  # type: ignore[union-attr]
 
-        def run(q, k, v, *documents):
-            return _Attention.apply(q, k, v, *documents, name)
-    else:
-        flash_attn_varlen_func = module.flash_attn_varlen_func  # type: ignore[union-attr]
 
-        def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
-            result = flash_attn_varlen_func(
-                q, k, v,
-                cu_seqlens_q=cu_seqlens_q,
-                cu_seqlens_k=cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
-                max_seqlen_q=max_seqlen_q,
-                max_seqlen_k=max_seqlen_k,
-                softmax_scale=scale,
-                causal=True,
-                window_size=(-1, -1) if window is None else (window - 1, 0),
-                deterministic=True,
-            )  # fmt: skip
-            return result[0] if isinstance(result, tuple) else result
-
-    _loaded[name] = run
-    return run
+_loaded = {name: load_backend(name) for name in _FORWARD if name not in MODULES}
 
 
 def candidates(capability: tuple[int, int]) -> list[str]:
@@ -353,6 +358,13 @@ def _demanded_backend() -> str | None:
     return name
 
 
+def _tested_backend(device_type: str) -> str:
+    from .attention_selftest import select_backend  # which imports this module
+
+    device = torch.device(device_type, torch.cuda.current_device())
+    return select_backend(candidates(torch.cuda.get_device_capability(device)), device)
+
+
 # --- public ----------------------------------------------------------------------------------------------------------
 
 _selected: dict[str, str] = {}
@@ -365,15 +377,8 @@ def attention_backend(device_type: str) -> str:
     The environment variable STEEP_ATTENTION=name overrules the choice on a GPU, without a self-test.
     """
     if device_type not in _selected:
-        if device_type == "cpu":
-            name = "torch_sdpa_cpu"
-        elif (name := _demanded_backend()) is None:
-            from .attention_selftest import select_backend  # starts from this module, so not before it is complete
-
-            device = torch.device(device_type, torch.cuda.current_device())
-            name = select_backend(candidates(torch.cuda.get_device_capability(device)), device)
-        for needed in {name, "triton"} if device_type != "cpu" else {name}:
-            load_backend(needed)
+        name = "torch_sdpa_cpu" if device_type == "cpu" else _demanded_backend() or _tested_backend(device_type)
+        _loaded[name] = load_backend(name)
         _selected[device_type] = name
     return _selected[device_type]
 
@@ -417,18 +422,15 @@ def attention(
         raise ValueError(
             f"attention: q has shape {tuple(q.shape)} and k {tuple(k.shape)}; the heads of q must be a multiple of k's"
         )
-    _check_lengths("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q)
+    _check_lengths("q", cu_seqlens_q, max_seqlen_q, q)
     if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses one tensor as two inputs of an autograd.Function
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"attention: q has {q.shape[0]} rows and k {k.shape[0]}; cu_seqlens_k is needed")
     else:
-        _check_lengths("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, q)
-        if cu_seqlens_k.shape != cu_seqlens_q.shape:
-            raise ValueError(
-                f"attention: cu_seqlens_k has shape {tuple(cu_seqlens_k.shape)}; expected {tuple(cu_seqlens_q.shape)}"
-            )
+        max_seqlen_k = _check_lengths("k", cu_seqlens_k, max_seqlen_k, q)
+        check_tensor("attention: cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; it counts the query's own key: at least 1, or None")
     if window is not None and window >= max_seqlen_k:
@@ -443,9 +445,11 @@ def attention(
     return _loaded[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale)
 
 
-def _check_lengths(name: str, cu_seqlens: torch.Tensor, max_name: str, max_seqlen: int | None, q: torch.Tensor) -> None:
-    check_tensor(f"attention: {name}", cu_seqlens, (None,), dtype=torch.int32, like=q)
+def _check_lengths(which: str, cu_seqlens: torch.Tensor, max_seqlen: int | None, q: torch.Tensor) -> int:
+    check_tensor(f"attention: cu_seqlens_{which}", cu_seqlens, (None,), dtype=torch.int32, like=q)
     if not cu_seqlens.shape[0] or not cu_seqlens.is_contiguous():
-        raise ValueError(f"attention: {name} has {cu_seqlens.shape[0]} entries; expected N + 1, contiguous")
+        entries = f"{cu_seqlens.shape[0]} entries at stride {cu_seqlens.stride(0)}"
+        raise ValueError(f"attention: cu_seqlens_{which} has {entries}; expected N + 1, contiguous")
     if not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise ValueError(f"attention: {max_name} is {max_seqlen!r}; expected a Python int")
+        raise ValueError(f"attention: max_seqlen_{which} is {max_seqlen!r}; expected a Python int")
+    return max_seqlen  # type: ignore[return-value]

@@ -319,7 +319,9 @@ def tile_sizes(which: str, q: torch.Tensor) -> dict[str, int]:
     """Tiles of the "forward", "dq" or "dkv" kernel: on Hopper the largest that compile without a spill
     (tests/kernels/test_compile.py reads that off the machine code). fp32 is there for comparisons and is not tuned."""
     head_dim = q.shape[2]
-    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 227 * 1024
+    shared = 227 * 1024
+    if q.is_cuda:
+        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     if q.dtype == torch.float32:
         tiles = {"forward": (16, 16, 8, 2), "dq": (16, 16, 8, 2), "dkv": (16, 16, 8, 2)}
     elif shared < 227 * 1024:

@@ -40,7 +40,6 @@ def install(monkeypatch, tmp_path):
     """install(flash_attn=source, ...) puts packages where this process and its children import from."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.setattr(module, "_loaded", dict(module._loaded))
     (tmp_path / "packages").mkdir()
 
     def run(**sources):
@@ -225,7 +224,7 @@ def test_a_demanded_backend(install, monkeypatch):
 
 def call(backend, monkeypatch, **overrides):
     """`attention` with its gradients through one backend, as on a GPU that has it."""
-    module.load_backend(backend)
+    monkeypatch.setitem(module._loaded, backend, module.load_backend(backend))
     monkeypatch.setattr(module, "attention_backend", lambda device_type: backend)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(7, h, 8, generator=generator, requires_grad=True) for h in (4, 2, 2))
