@@ -11,7 +11,7 @@ from steep.kernels import moe_experts, moe_mlp, permute, sort_by_expert, unpermu
 from tests.kernels.conftest import use_triton
 from tests.kernels.kernel_checks import FP32_BOUND, check, errors, gradients, kernel_module
 
-T, E, H, I = 11, 4, 48, 40  # noqa: E741
+T, E, H, I = 7, 4, 32, 24  # noqa: E741
 ORDER = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i)) for i in range(T)])
 
 
@@ -92,8 +92,8 @@ def test_matches_transformers_block(path):
     gate, gate_up, down = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj
     for parameter in (gate, gate_up, down):
         torch.nn.init.normal_(parameter, std=0.3)
-    leaves = [torch.randn(1, 15, H, requires_grad=True), gate, gate_up, down]
-    dout = torch.randn(1, 15, H)
+    leaves = [torch.randn(1, 9, H, requires_grad=True), gate, gate_up, down]
+    dout = torch.randn(1, 9, H)
     theirs = block(leaves[0])
     rows = leaves[0].view(-1, H)
     ours = moe_mlp(rows, rows @ gate.T, gate_up, down, 2).view_as(theirs)
@@ -131,7 +131,7 @@ def test_experts_of_another_rank_contribute_nothing(path):
 
 
 def test_two_runs_are_equal_and_the_graph_can_be_walked_twice(path, dtype):
-    args = inputs(tokens=4)
+    args = inputs(tokens=3)
     runs = [gradients(lambda *a: moe_mlp(*a, 2), args, dtype) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
     leaves = [t.to(dtype).requires_grad_() for t in args]
@@ -144,7 +144,7 @@ def test_two_runs_are_equal_and_the_graph_can_be_walked_twice(path, dtype):
 
 @pytest.mark.parametrize("index", range(4))
 def test_only_the_gradient_that_is_needed(path, index):
-    args = inputs()
+    args = inputs(tokens=3)
     want = gradients(lambda *a: moe_mlp(*a, 2), args, torch.float32)[1 + index]
     leaves = [t.clone().requires_grad_(i == index) for i, t in enumerate(args)]
     out = moe_mlp(*leaves, 2)
@@ -190,11 +190,10 @@ def test_rows_far_apart_are_addressed_in_int64():
     assert got.tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_compiles_as_one_graph_with_the_same_numbers(mode):
+def test_compiles_as_one_graph_with_the_same_numbers():
     leaves = [t.requires_grad_() for t in inputs()]
     eager_out = moe_mlp(*leaves, 2)
-    compiled = torch.compile(moe_mlp, fullgraph=True, backend="aot_eager", dynamic=mode == "dynamic")(*leaves, 2)
+    compiled = torch.compile(moe_mlp, fullgraph=True, backend="aot_eager")(*leaves, 2)
     assert torch.equal(eager_out, compiled)
     for want, got in zip(torch.autograd.grad(eager_out.sum(), leaves), torch.autograd.grad(compiled.sum(), leaves)):
         assert torch.equal(want, got)
