@@ -59,6 +59,7 @@ def _adamw_cpu(
         "lr": lr.item(), "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay,
         "amsgrad": False, "maximize": False,
     }  # fmt: skip
+    nothing = torch.empty(0, dtype=torch.int64)
     absent: list[None] = [None] * len(params)
     for param, grad, m_all, v_all, residual, m_scales, v_scales, first in zip(
         params, grads, exp_avgs, exp_avg_sqs, residuals or absent, exp_avg_scales or absent,
@@ -73,7 +74,7 @@ def _adamw_cpu(
             w, m, v = _read_weight(*stored), _read_moment(*m_stored), _read_moment(*v_stored)
             g = grad[piece].float()
             _fused_step(w, g if scale == 1.0 else g * scale, m, v, time, options)
-            word = philox_bits(seed, int(step), first + start, len(w) if rounds else 0)
+            word = philox_bits(seed, int(step), first + start, len(w)) if rounds else nothing
             _write_moment(m, *m_stored, word & 0xFFFF)
             _write_moment(v, *v_stored, word >> 16)
             if w is not stored[0]:
