@@ -205,6 +205,16 @@ def test_no_division_into_shards_changes_a_bit(weights, moments, data):
         assert same_bits(whole, divided)
 
 
+@pytest.mark.parametrize(("first", "second"), itertools.permutations((FP32, BF16, UINT8), 2))
+def test_moments_of_two_kinds(path, first, second):
+    """Neither moment depends on the other, nor on how it is stored."""
+    a, b = (trained_shard(300, "remainder", moments) for moments in (first, second))
+    mixed = dataclasses.replace(copy(a), exp_avg_sq=b.exp_avg_sq.clone(), exp_avg_sq_scale=copy(b).exp_avg_sq_scale)
+    update([a, b, mixed], [gradient(300, 3)] * 3, 3)
+    assert torch.equal(mixed.exp_avg, a.exp_avg)
+    assert torch.equal(mixed.exp_avg_sq, b.exp_avg_sq)
+
+
 @every_mode
 def test_skip_leaves_every_bit(path, weights, moments):
     shard = trained_shard(300, weights, moments)
