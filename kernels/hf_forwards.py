@@ -131,15 +131,14 @@ def _decoder_layer(layer: Module, hidden_states: torch.Tensor, **kwargs) -> torc
 # --- rotary embedding ------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class RotaryTables:
-    """What `rope` takes, computed once per forward of the model. Not a tuple: FSDP2 casts the floating-point tensors
-    that it finds in a layer's arguments to its parameter dtype."""
+    """What `rope` takes, computed once per forward of the model. Neither a tuple nor a dataclass: FSDP2 looks into
+    those and casts the floating-point tensors that it finds in a layer's arguments to its parameter dtype."""
 
-    cos: torch.Tensor  # fp32 [P, D/2], one row per position id
-    sin: torch.Tensor
-    rows: torch.Tensor  # [B, L]: each token's row of the tables
-    dtype: torch.dtype  # that of the hidden states
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype):
+        self.cos, self.sin = cos, sin  # fp32 [P, D/2], one row per position id
+        self.rows = rows  # [B, L]: each token's row of the tables
+        self.dtype = dtype  # that of the hidden states
 
     def as_transformers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) [B, L, D], rounded to the hidden states' dtype: what the rotary module itself returns."""

@@ -129,8 +129,13 @@ def _rank(rank: int, directory: str) -> None:
                 fully_shard(unit, mp_policy=policy)
             if patched == "after":
                 patch(model)
+            tables = []
+            model.model.layers[0].self_attn.register_forward_pre_hook(
+                lambda _, __, kwargs, tables=tables: tables.append(kwargs["position_embeddings"]), with_kwargs=True
+            )
             output = model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1], num_items_in_batch=22)
             assert output.logits is None
+            assert tables[0].cos.dtype == tables[0].sin.dtype == torch.float32
             errors[policy.param_dtype, patched] = _distances(model, output.loss, want)
     if rank == 0:
         torch.save(errors, f"{directory}/errors")
