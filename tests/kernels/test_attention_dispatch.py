@@ -8,7 +8,9 @@ import os
 import re
 import sys
 import textwrap
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_a_hanging_backend_is_killed_with_all_it_started(install, monkeypatch, t
         selftest.select_backend([FA3], CPU)
     with pytest.raises(ProcessLookupError):
         os.killpg(children[0].pid, 0)
+
+
+def test_of_many_ranks_one_tests_and_the_others_wait(install, monkeypatch):
+    install(flash_attn_interface="")
+    started = []
+
+    def run_child(name, device):
+        started.append(name)
+        time.sleep(0.2)
+        return 0, None
+
+    monkeypatch.setattr(selftest, "_run_child", run_child)
+    with ThreadPoolExecutor(8) as ranks:
+        chosen = list(ranks.map(lambda _: selftest.select_backend([FA3], CPU), range(8)))
+    assert (chosen, started) == ([FA3] * 8, [FA3])
 
 
 def test_without_a_cache_folder_every_rank_tests_for_itself(install, monkeypatch):
@@ -273,6 +290,16 @@ def test_flash_attention_2_and_3_are_called_through_their_public_function(instal
     for backend in (FA3, FA2):
         got = call(backend, monkeypatch)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
+
+
+def test_their_call_is_part_of_a_compiled_graph(install, monkeypatch):
+    traceable = (
+        FLASH[: FLASH.index("    o = ")] + "    return (q * cu_seqlens_k[1] + k.mean() * v.mean() * window, q)\n"
+    )
+    install(flash_attn_interface=traceable)
+    eager = call(FA3, monkeypatch)
+    compiled = call(FA3, monkeypatch, function=torch.compile(attention, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
 
 
 def test_torch_varlen_takes_the_arguments_we_give_it():
