@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 from .philox import philox_bits, philox_block
 
 _HALF_RANGE = 1 << 23  # noise is an odd multiple of 2^-23 in (-1, 1): symmetric, exact in fp32, never 0
@@ -171,7 +171,7 @@ def _embedding_triton(
     alpha: float,
     seed: int,
 ) -> torch.Tensor:
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = unit_rows(weight)
     hidden, tile = weight.shape[1], _tile(weight.shape[1])
     y = weight.new_empty(tokens.shape[0], hidden)
     noise = (tokens, tokens, tokens) if lengths is None else (lengths.contiguous(), step, first_token)
@@ -184,7 +184,7 @@ def _embedding_triton(
 
 def _accumulate(dy: torch.Tensor, tokens: torch.Tensor, grad: torch.Tensor, accumulate: bool) -> None:
     """Set (or add) the rows of grad of the tokens that occur, each from one program and in the order of the tokens."""
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dy = unit_rows(dy)
     count, hidden = dy.shape
     chunks, tile = cdiv(count, _ROWS), _tile(hidden)
     blocks = cdiv(hidden, tile["BLOCK"])

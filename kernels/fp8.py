@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ._op import check_tensor, define_op
-from ._triton import cdiv, kernel, launch, tl
+from ._triton import cdiv, kernel, launch, tl, unit_rows
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128
@@ -217,7 +217,7 @@ def _fp8_cast_triton(
     x8, scale, xt8, scale_t = results = _empty_copies(x, scaling, rows, columns)
     if not x.numel():
         return _nothing(results)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = unit_rows(x)
     tiles_t, tiles_k = (cdiv(size, BLOCK) for size in x.shape)
     padded = tiles_t * BLOCK, tiles_k * BLOCK
     grid = (tiles_t * tiles_k,)

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 from .grouped_mm import grouped_mm, grouped_weight_grad
 from .moe_routing import route, sort_by_expert
 from .swiglu import swiglu
@@ -163,12 +163,8 @@ def _block(hidden: int) -> int:
     return min(next_power_of_2(hidden), 1024)
 
 
-def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _permute_triton(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    x = _unit_rows(x)
+    x = unit_rows(x)
     tokens, hidden = x.shape
     out = torch.empty(inverse.numel(), hidden, dtype=x.dtype, device=x.device)
     block = min(next_power_of_2(hidden), 4096)
@@ -192,7 +188,7 @@ def _unpermute_triton(y: torch.Tensor, weights: torch.Tensor | None, inverse: to
 def _unpermute_backward_triton(
     dout: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dout, y = _unit_rows(dout), y.contiguous()
+    dout, y = unit_rows(dout), y.contiguous()
     hidden = y.shape[1]
     dy, dw = torch.empty_like(y), torch.empty_like(weights)
     launch(

@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -137,12 +137,8 @@ def _tile(experts: int) -> dict[str, int]:
     return {"BLOCK_T": max(1024 // block, 1), "BLOCK_E": block}
 
 
-def _unit_rows(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
 def _route_triton(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = _unit_rows(logits)
+    logits = unit_rows(logits)
     tokens, experts = logits.shape
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
@@ -157,7 +153,7 @@ def _route_triton(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[
 def _route_backward_triton(
     dw: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, logits: torch.Tensor, renormalize: bool
 ) -> torch.Tensor:
-    logits = _unit_rows(logits)
+    logits = unit_rows(logits)
     tokens, num_experts = logits.shape
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     tile = _tile(num_experts)
