@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -316,7 +317,15 @@ def test_lora(targets, order):
     assert_close(results(mine, inputs), results(want, inputs))
 
 
-def test_accelerate_wraps_a_patched_model_and_unwraps_it():
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one state per process, and whoever trained before in it has set the precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_wraps_a_patched_model_and_unwraps_it(fresh_accelerate):
     model, inputs = patched(tiny("Llama")), rows()
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
