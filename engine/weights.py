@@ -1,8 +1,8 @@
 """The weights of a Decoder from and to a Hugging Face model folder.
 
-One table, `hf_tensors`, says which rows of which parameter each tensor of the folder is; loading and exporting walk it
-in the order of the files, in chunks, so that beyond the model itself a few megabytes are needed. Reads and writes model
-folders; knows no training.
+One table, `hf_tensors`, says which flat range of which parameter each tensor of the folder is; loading and exporting
+walk it in the order of the files, in chunks, so that beyond the model itself a few megabytes are needed. Reads and
+writes model folders; knows no training.
 """
 
 from __future__ import annotations
@@ -40,15 +40,19 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Placement:
-    """One tensor of the folder is the rows [row, row + shape[0]) of a parameter."""
+    """One tensor of the folder is the elements [offset, offset + numel) of a parameter thought of as a flat array."""
 
     parameter: str
-    row: int
+    offset: int
     shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 def hf_tensors(decoder: Decoder) -> dict[str, Placement]:
-    """{Hugging Face tensor name: Placement} of all weights; the rows of every parameter are covered exactly once."""
+    """{Hugging Face tensor name: Placement} of all weights; every parameter is covered exactly, once."""
     config = decoder.config
     attended, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     qkv = {"self_attn.q_proj": attended, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
@@ -69,11 +73,12 @@ def hf_tensors(decoder: Decoder) -> dict[str, Placement]:
             tensors[name if name.startswith("lm_head.") else f"model.{name}"] = Placement(name, 0, shape)
             continue
         _, index, module, kind = name.split(".")  # layers.3.qkv.bias
-        row = 0
+        offset = 0
         for part, rows in (fused[module] if module in fused else {renamed[module]: shape[0]}).items():
-            tensors[f"model.layers.{index}.{part}.{kind}"] = Placement(name, row, (rows, *shape[1:]))
-            row += rows
-        assert row == shape[0], f"{name}: {row} of {shape[0]} rows placed"
+            placement = Placement(name, offset, (rows, *shape[1:]))
+            tensors[f"model.layers.{index}.{part}.{kind}"] = placement
+            offset += placement.numel
+        assert offset == parameter.numel(), f"{name}: {offset} of {parameter.numel()} elements placed"
     return tensors
 
 
@@ -111,7 +116,7 @@ def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Plac
 def load_weights(decoder: Decoder, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Give a decoder, built under `torch.device("meta")`, memory on `device` and the weights of a model folder.
 
-    Values are rounded to `dtype` once. Every row of every parameter is written exactly once. The vocabulary keeps the
+    Values are rounded to `dtype` once. Every parameter is written as a whole, exactly once. The vocabulary keeps the
     size it has in the folder, padding included.
 
     Raises:
@@ -124,11 +129,11 @@ def load_weights(decoder: Decoder, folder: str | Path, dtype: torch.dtype, devic
             _check_tied_head(source)
         decoder.to(dtype).to_empty(device=device)
         parameters = dict(decoder.named_parameters())
-        rows_written = dict.fromkeys(parameters, 0)
+        written = dict.fromkeys(parameters, 0)
         for name, placement in placements.items():
             if name == "lm_head.weight" and decoder.lm_head is None:
                 continue
-            flat = _rows(parameters[placement.parameter], placement)
+            flat = _flat_range(parameters[placement.parameter], placement)
             for lo, hi in chunks(flat.numel()):
                 direct = source.dtype(name) == dtype and flat.device.type == "cpu"
                 buffer = flat[lo:hi] if direct else torch.empty(hi - lo, dtype=source.dtype(name))
@@ -137,9 +142,9 @@ def load_weights(decoder: Decoder, folder: str | Path, dtype: torch.dtype, devic
                     raise ValueError(f"{source.file_of(name)}: {name} holds NaN or Inf (as {_dtype_name(dtype)})")
                 if not direct:
                     flat[lo:hi].copy_(values)
-            rows_written[placement.parameter] += placement.shape[0]
-        for name, rows in rows_written.items():
-            assert rows == parameters[name].shape[0], f"{name}: {rows} of {parameters[name].shape[0]} rows written"
+            written[placement.parameter] += placement.numel
+        for name, count in written.items():
+            assert count == parameters[name].numel(), f"{name}: {count} of {parameters[name].numel()} elements written"
 
 
 def _check_tied_head(source: SafetensorsFolder) -> None:
@@ -212,7 +217,7 @@ def export_model(
                 if name not in placements:  # a computed buffer
                     writer.write(name, source.get(name))
                     continue
-                flat = _rows(parameters[placements[name].parameter], placements[name])
+                flat = _flat_range(parameters[placements[name].parameter], placements[name])
                 for lo, hi in chunks(flat.numel()):
                     values = flat[lo:hi].to(stored[name]).cpu()
                     if not is_finite(values):
@@ -260,9 +265,9 @@ def _stored_dtype(source: torch.dtype, held: torch.dtype) -> torch.dtype:
     return source if torch.promote_types(source, held) == held else held
 
 
-def _rows(parameter: Tensor, placement: Placement) -> Tensor:
-    """The rows of a parameter that one tensor of the folder is, as a flat view."""
-    return parameter.detach()[placement.row : placement.row + placement.shape[0]].view(-1)
+def _flat_range(parameter: Tensor, placement: Placement) -> Tensor:
+    """The elements of a parameter that one tensor of the folder is, as a flat view."""
+    return parameter.detach().view(-1)[placement.offset : placement.offset + placement.numel]
 
 
 def chunks(count: int) -> Iterator[tuple[int, int]]:
