@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steep.engine.optimizer import join_master, split_master
+from tests.kernels.master_weights import join_master, split_master
 from steep.kernels import AdamWShard, adamw_
 from steep.kernels._shards import ShardTable, _table
 from steep.kernels.moments import SCALE_BLOCK
