@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,11 @@ from ..kernels import linear_cross_entropy
 from .config import ModelConfig
 from .model import Decoder
 from .optimizer import AdamW, AdamWConfig
+from .parallel import ParallelConfig, reshard, set_last_micro_batch, shard_decoder
 from .weights import export_model, load_weights
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,26 +50,29 @@ class Engine:
         decoder: Decoder,
         optimizer: AdamWConfig | None = None,
         *,
-        accumulate_in_fp32: bool = True,
+        accumulate_in_fp32: bool | None = None,
+        parallel: ParallelConfig | None = None,
         source_folder: str | Path | None = None,
     ) -> None:
-        """Train `decoder` in the dtype and on the device it has.
+        """Train `decoder` in the dtype and on the device it has, sharded or not.
 
         Args:
             decoder: parameters all fp32 or all bf16.
             optimizer: AdamW settings; the defaults of AdamWConfig if None.
             accumulate_in_fp32: hold the gradients of bf16 parameters in fp32. Needed for exact sums over several
-                micro batches; costs 2 bytes per parameter more than bf16.
+                micro batches; costs 2 bytes per parameter more than bf16. None: unless the optimizer is `in_backward`.
+            parallel: how a sharded decoder communicates; the defaults of ParallelConfig if None.
             source_folder: Hugging Face folder the decoder came from, whose config and tokenizer an export carries.
         """
         self.decoder = decoder
         self.config: ModelConfig = decoder.config
         self.source_folder = source_folder
-        self.optimizer = AdamW(decoder.named_parameters(), optimizer or AdamWConfig())
+        self.parallel = parallel or ParallelConfig()
+        optimizer = optimizer or AdamWConfig()
+        if accumulate_in_fp32 is None:
+            accumulate_in_fp32 = not optimizer.in_backward
+        self.optimizer = AdamW(decoder.named_parameters(), optimizer, accumulate_in_fp32=accumulate_in_fp32)
         self.device = self.optimizer.device
-        if accumulate_in_fp32:
-            for parameter in decoder.parameters():
-                parameter.grad_dtype = torch.float32
 
     @classmethod
     def load(
@@ -75,9 +82,12 @@ class Engine:
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str | torch.device = "cpu",
         optimizer: AdamWConfig | None = None,
-        accumulate_in_fp32: bool = True,
+        accumulate_in_fp32: bool | None = None,
+        mesh: DeviceMesh | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> Engine:
-        """Load a Hugging Face folder (config.json, safetensors).
+        """Load a Hugging Face folder (config.json, safetensors), sharded over `mesh` if one is given
+        (`parallel.make_mesh`): each rank reads the rows that it holds.
 
         Raises:
             FileNotFoundError, ValueError: what is missing, damaged or not supported, by name.
@@ -86,26 +96,40 @@ class Engine:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         with torch.device("meta"):
             decoder = Decoder(ModelConfig.from_folder(path))
+        decoder.to(DTYPES[dtype])
+        if mesh is not None:
+            shard_decoder(decoder, mesh, parallel or ParallelConfig())
         load_weights(decoder, path, dtype=DTYPES[dtype], device=device)
-        return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, source_folder=path)
+        return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, parallel=parallel, source_folder=path)
 
-    def forward_backward(self, batch: PackedBatch, num_valid: int, num_sources: int = 1) -> SourceLoss:
+    def begin_step(self, lr: float) -> None:
+        """Needed before the forward_backward of a step with `optimizer.in_backward`, which updates as it goes."""
+        self.optimizer.begin(lr)
+
+    def forward_backward(
+        self, batch: PackedBatch, num_valid: int, num_sources: int = 1, *, last: bool = True
+    ) -> SourceLoss:
         """Add the gradient of sum(nll) / num_valid over one packed batch.
 
         Args:
             batch: packed documents, as numpy arrays on the host.
-            num_valid: valid labels of the whole optimizer step, over all micro batches: what makes the gradient that
-                of the mean over tokens however the step is cut up.
+            num_valid: valid labels of the whole optimizer step, over all micro batches of all ranks: what makes the
+                gradient that of the mean over tokens however the step is cut up.
             num_sources: S of the returned sums; source ids of the batch must be below it.
+            last: this is the rank's last micro batch of the step (for `parallel.reduce_every: step`).
         """
+        if self.parallel.reduce_every == "step":
+            set_last_micro_batch(self.decoder, last)
         loss, sources = self._forward(batch, num_sources, num_valid)
         loss.backward()
         return sources
 
     @torch.no_grad()
     def eval_nll(self, batch: PackedBatch, num_sources: int = 1) -> SourceLoss:
-        """The same sums without gradients."""
-        return self._forward(batch, num_sources)[1]
+        """The same sums without gradients. With several ranks all must call it, as often as each other."""
+        sources = self._forward(batch, num_sources)[1]
+        reshard(self.decoder)
+        return sources
 
     def _forward(self, batch: PackedBatch, num_sources: int, num_valid: int = 1) -> tuple[Tensor, SourceLoss]:
         """The loss, sum(nll) / num_valid, and the sums by source."""
@@ -161,7 +185,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves."""
-        state = {f"model.{name}": parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        state = {f"model.{name}": parameter.detach() for name, parameter in self.optimizer.parameters.items()}
         state.update({f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()})
         return state
 

@@ -135,6 +135,13 @@ def set_last_micro_batch(decoder: Decoder, last: bool) -> None:
         decoder.set_reshard_after_backward(last)
 
 
+def reshard(decoder: Decoder) -> None:
+    """Free all gathered weights: after a forward without a backward they would stay, and go stale."""
+    for module in decoder.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
     """The ranks that hold a parameter's other rows; None for a plain tensor."""
     mesh = getattr(tensor, "device_mesh", None)
