@@ -13,7 +13,7 @@ tensor, to be fetched when the caller likes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -161,14 +161,17 @@ class Engine:
             tensor = tensor.pin_memory()  # else the copy would wait for the device
         return tensor.to(self.device, non_blocking=True)
 
-    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, veto: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One optimizer step on the accumulated gradients, which it consumes.
 
+        Args:
+            veto: says of the gradient norm (fp32 0-dim, on the device) whether to skip the step: fp32 0-dim, 0 or 1.
+
         Returns:
-            grad_norm, skipped: fp32 0-dim device tensors; `skipped` is 1 where the norm was not finite and parameters,
-            moments and step count were left as they were.
+            grad_norm, skipped: fp32 0-dim device tensors; `skipped` is 1 where the norm was not finite or vetoed and
+            parameters, moments and step count were left as they were.
         """
-        return self.optimizer.step(lr)
+        return self.optimizer.step(lr, veto)
 
     def export(
         self, path: str | Path, dtype: torch.dtype | None = None, provenance: Mapping[str, Any] | None = None

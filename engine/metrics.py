@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -93,10 +94,12 @@ class MetricsFile:
     had still written, are dropped when it is opened, and will be written again.
     """
 
-    def __init__(self, path: Path, resumed_step: int, tensorboard: bool = False) -> None:
-        """`resumed_step`: the step after which the run goes on; -1 for a new run."""
+    def __init__(self, path: Path | None, resumed_step: int, tensorboard: bool = False) -> None:
+        """`path`: None writes nothing (ranks other than the first). `resumed_step`: the step after which the run goes
+        on; -1 for a new run."""
         self.dropped = 0
-        if path.exists():
+        path = path or Path(os.devnull)
+        if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= resumed_step]
             self.dropped = len(lines) - len(kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -193,12 +193,15 @@ class AdamW:
         return local_shard(parameter.grad).values
 
     @torch.no_grad()
-    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, veto: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Update every parameter from its gradient, and drop the gradients.
+
+        Args:
+            veto: of the gradient norm; fp32 0-dim, 1 to skip the step (in_backward comes too early to ask).
 
         Returns:
             grad_norm: fp32 0-dim, global 2-norm before clipping, over all ranks.
-            skipped: fp32 0-dim, 1 if the norm was not finite and nothing was changed, else 0.
+            skipped: fp32 0-dim, 1 if the norm was not finite or vetoed and nothing was changed, else 0.
         """
         if self.config.in_backward:
             return self._in_backward.end()
@@ -208,6 +211,8 @@ class AdamW:
             dist.all_reduce(square, group=self.group)
         grad_norm = square.sqrt().float()
         grad_scale, skipped = clip_coefficient(grad_norm, self.config.max_grad_norm)
+        if veto is not None:
+            skipped = torch.maximum(skipped, veto(grad_norm))
         self.step_count += 1.0 - skipped
         self.update(gradients, lr, grad_scale, skipped)
         self._sums.clear()
@@ -292,7 +297,8 @@ class _InBackward:
 
     @torch.no_grad()
     def _update(self, name: str, parameter: Tensor) -> None:
-        assert self.lr is not None and parameter.grad is not None, "begin was not called before backward"
+        assert self.lr is not None, "begin was not called before backward"
+        assert parameter.grad is not None
         gradient = parameter.grad.view(-1)
         square = squared_norm([gradient])
         skip = 1.0 - torch.isfinite(square).float()

@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..data.config import DataConfig
 from .optimizer import AdamWConfig
+from .parallel import ParallelConfig
 from .schedule import ScheduleConfig
+from .spikes import SpikeConfig
 
 
 class _Section(BaseModel):
@@ -25,10 +27,11 @@ class _Section(BaseModel):
 
 
 class BatchConfig(_Section):
-    """sequences: packed sequences in one forward and backward. accumulation: how many of those make one step."""
+    """sequences: packed sequences in one forward and backward, a micro batch. micro_batches: how many of those make one
+    optimizer step, over all processes; so a step is the same step however many processes share it."""
 
     sequences: int = Field(default=1, ge=1)
-    accumulation: int = Field(default=1, ge=1)
+    micro_batches: int = Field(default=1, ge=1)
 
 
 class ValidationConfig(_Section):
@@ -71,7 +74,8 @@ class TrainRecipe(_Section):
     steps, tokens, epochs: exactly one says how long it runs. tokens counts positions of packed sequences; an epoch is
         as many sequences as all sources have together. Both are rounded up to whole steps.
     precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight.
-    max_consecutive_skips: the run stops when so many steps in a row had a gradient that was not finite.
+    max_consecutive_skips: the run stops when so many steps in a row were skipped, for a gradient that was not finite or
+        a spike.
     """
 
     model: Path
@@ -86,6 +90,8 @@ class TrainRecipe(_Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_consecutive_skips: int = Field(default=5, ge=1)
+    spikes: SpikeConfig = SpikeConfig()
+    parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
@@ -96,6 +102,11 @@ class TrainRecipe(_Section):
         given = [key for key in ("steps", "tokens", "epochs") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, tokens and epochs; given: {', '.join(given) or 'none'}")
+        if self.optimizer.in_backward and self.batch.micro_batches > 1:
+            raise ValueError(
+                "optimizer.in_backward keeps no gradient to add to: batch.micro_batches is "
+                f"{self.batch.micro_batches}; allowed: 1"
+            )
         return self
 
 
@@ -103,7 +114,7 @@ class TrainRecipe(_Section):
 # The model and the data are not compared by their keys but by their content (trainer.py).
 FREE_KEYS = (
     *("model", "data", "data.validation", "out", "device", "max_consecutive_skips"),
-    *("validation", "checkpoint", "export", "log"),
+    *("validation", "checkpoint", "export", "log", "parallel", "spikes.factor"),
 )
 
 

@@ -90,7 +90,7 @@ def make_recipe(root: Path, **changes: Any) -> dict[str, Any]:
             "validation": [{"name": "held_out", "store": str(root / "held_out")}],
         },
         "schedule": {"kind": "cosine", "lr": 3e-3, "end_lr": 3e-4, "warmup_steps": 3},
-        "batch": {"sequences": 2, "accumulation": 2},
+        "batch": {"sequences": 2, "micro_batches": 2},
         "steps": 12,
         "precision": "float32",
         "device": "cpu",

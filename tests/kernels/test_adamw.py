@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.master_weights import join_master, split_master
 from steep.kernels import AdamWShard, adamw_
 from steep.kernels._shards import ShardTable, _table
 from steep.kernels.moments import SCALE_BLOCK
 from tests.kernels.conftest import use_triton
 from tests.kernels.kernel_checks import kernel_module
+from tests.kernels.master_weights import join_master, split_master
 
 FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
 WEIGHTS = {"fp32": (FP32, None), "master": (BF16, "master"), "remainder": (BF16, "remainder"), "bf16": (BF16, None)}
