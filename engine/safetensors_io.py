@@ -4,11 +4,12 @@ The format (https://github.com/huggingface/safetensors) is 8 bytes of header len
 byte range of each tensor, and the bytes. A folder holds either `model.safetensors`, or shards and
 `model.safetensors.index.json`. Headers are read and written here so that a damaged file is named before any tensor is
 read, bytes move by pread and pwrite between file and caller's memory (no mapping: resident memory stays what the caller
-allocates), and any number of threads may read and write at once. Knows nothing of models.
+allocates), and any number of threads and processes may read and write at once. Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .ranks import Piece, Ranks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -278,6 +281,10 @@ class SafetensorsWriter:
     that every element was written exactly once, makes the files durable and writes the index. Publishing is the
     folder's matter.
 
+    Several processes can write one set of files: each makes a writer with the same arguments, writes its own ranges and
+    closes it, and rank 0 creates the files, compares what was written and writes the index. An error of one is then
+    raised on all. What the files hold does not depend on who wrote what.
+
     Args:
         folder: existing folder for the files.
         specs: (name, dtype, shape) of each tensor, in the order in which the files shall hold them. Within a file
@@ -285,6 +292,9 @@ class SafetensorsWriter:
         max_shard_bytes: a file is begun when the next tensor would make the current one larger.
         metadata: free text of the header; transformers wants `format: pt`.
         file_of: {name: file name} of an existing layout to repeat, instead of `max_shard_bytes`.
+        ranks: the processes that write together.
+        parallel: all ranks write at the same time. False, for file systems on which processes cannot write one file
+            side by side: `write_pieces` sends what the others hold to rank 0, which alone touches the files.
 
     Raises:
         ValueError: a name twice, a dtype the format does not have, wrong values given to write, parts left out.
@@ -299,22 +309,35 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         file_of: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
+        parallel: bool = True,
     ) -> None:
         self.folder = Path(folder)
-        shards = _plan_shards(list(specs), max_shard_bytes, file_of)
+        self._ranks = ranks or Ranks()
+        self._gathers = not parallel and self._ranks.size > 1
         self._entries: dict[str, _Entry] = {}
         self._descriptors: dict[Path, int] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}  # by tensor: sorted element ranges, neighbours joined
         self._lock = threading.Lock()
-        metadata = {"format": "pt"} if metadata is None else metadata
         try:
-            for file_name, shard in shards.items():
-                self._create(self.folder / file_name, shard, metadata)
+            with self._ranks.together():
+                shards = _plan_shards(list(specs), max_shard_bytes, file_of)
+                self._files = [self.folder / file_name for file_name in shards]
+                for file, shard in zip(self._files, shards.values()):
+                    header, num_bytes = self._lay_out(file, shard, {"format": "pt"} if metadata is None else metadata)
+                    if self._ranks.rank == 0:
+                        self._descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                        _reserve(file, self._descriptors[file], num_bytes)
+                        self._pwrite(file, memoryview(header), 0)
+            with self._ranks.together():
+                if self._ranks.rank > 0 and parallel:
+                    self._descriptors.update((file, os.open(file, os.O_WRONLY)) for file in self._files)
         except BaseException:
             self._close_files()
             raise
 
-    def _create(self, file: Path, shard: list[TensorSpec], metadata: Mapping[str, str]) -> None:
+    def _lay_out(self, file: Path, shard: list[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+        """Header and size of a file; notes where its tensors lie."""
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         begins, end = [], 0
         for name, dtype, shape in shard:
@@ -326,9 +349,7 @@ class SafetensorsWriter:
         for (name, dtype, shape), begin in zip(shard, begins):
             self._entries[name] = _Entry(file, dtype, tuple(shape), 8 + len(text) + begin)
             self._written[name] = []
-        self._descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        _reserve(file, self._descriptors[file], 8 + len(text) + end)
-        self._pwrite(file, memoryview(struct.pack("<Q", len(text)) + text), 0)
+        return struct.pack("<Q", len(text)) + text, 8 + len(text) + end
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor of the declared dtype and shape, from any device."""
@@ -350,6 +371,18 @@ class SafetensorsWriter:
             _claim(self._written[name], lo, hi, name)
         self._pwrite(entry.file, _bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
 
+    def write_pieces(self, pieces: Iterable[Piece]) -> None:
+        """Write ranges (name, lo, values) as `write_range` does, best in the order of the files. All ranks must call it,
+        each with what it holds of the tensors; it returns when all are done."""
+        with self._ranks.together():
+            if not self._gathers:
+                for name, lo, values in pieces:
+                    self.write_range(name, lo, values)
+                return
+            with contextlib.closing(self._ranks.gather_pieces(pieces)) as gathered:
+                for name, lo, values in gathered:
+                    self.write_range(name, lo, values)
+
     def _pwrite(self, file: Path, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
@@ -366,23 +399,37 @@ class SafetensorsWriter:
     def close(self) -> None:
         """Check that nothing is missing, make all files durable, and write the index if there are several."""
         try:
-            for name, entry in self._entries.items():
-                if entry.numel and self._written[name] != [(0, entry.numel)]:
-                    count = sum(hi - lo for lo, hi in self._written[name])
-                    raise ValueError(f"{entry.file}: {name} has {count} of {entry.numel} elements written")
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+            with self._ranks.together():
+                for descriptor in self._descriptors.values():
+                    os.fsync(descriptor)
         finally:
-            files = list(self._descriptors)
             self._close_files()
-        if [file.name for file in files] != [SINGLE_FILE]:
-            weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
-            total = sum(entry.numel * entry.dtype.itemsize for entry in self._entries.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            with open(self.folder / INDEX_FILE, "w", encoding="utf-8") as file:
-                file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        written_by_all = self._ranks.exchange(self._written)
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                self._check_complete(written_by_all)
+                self._write_index()
+
+    def _check_complete(self, written_by_all: list[dict[str, list[tuple[int, int]]]]) -> None:
+        for name, entry in self._entries.items():
+            ranges: list[tuple[int, int]] = []
+            for written in written_by_all:
+                for lo, hi in written[name]:
+                    _claim(ranges, lo, hi, name)
+            if entry.numel and ranges != [(0, entry.numel)]:
+                count = sum(hi - lo for lo, hi in ranges)
+                raise ValueError(f"{entry.file}: {name} has {count} of {entry.numel} elements written")
+
+    def _write_index(self) -> None:
+        if [file.name for file in self._files] == [SINGLE_FILE]:
+            return
+        weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
+        total = sum(entry.numel * entry.dtype.itemsize for entry in self._entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        with open(self.folder / INDEX_FILE, "w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _close_files(self) -> None:
         while self._descriptors:

@@ -31,6 +31,12 @@ class LocalShard:
         """One past the last element."""
         return self.first + self.values.numel()
 
+    def part_of(self, begin: int, end: int) -> tuple[int, Tensor]:
+        """What this rank holds of the flat elements [begin, end): its first element, counted from `begin`, and a view
+        of its values, which may be empty."""
+        lo, hi = max(begin, self.first), min(end, self.last)
+        return lo - begin, self.values[lo - self.first : max(lo, hi) - self.first]
+
 
 @torch.no_grad()
 def local_shard(tensor: Tensor) -> LocalShard:

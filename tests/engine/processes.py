@@ -1,0 +1,43 @@
+"""Several real ranks over gloo, for tests: one start of the processes runs many checks."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
+    """function(rank, *args) in `world_size` processes; an exception in one is raised here. They are forked from a
+    server that has imported torch once, for all tests of a session."""
+    preload = ["torch.distributed.fsdp", "torch.distributed.tensor", "steep.engine.checkpoint", "steep.engine.weights"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    mp.start_processes(_run, (function, args), nprocs=world_size, start_method="forkserver")
+
+
+def _run(rank: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    function(rank, *args)
+
+
+@contextmanager
+def process_group(folder: Path, rank: int, world_size: int, timeout_seconds: float = 60) -> Iterator[None]:
+    """A gloo process group of the first `world_size` ranks that meet in a new file in `folder`."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store-{world_size}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
