@@ -73,7 +73,10 @@ class TrainRecipe(_Section):
     model: Hugging Face folder to start from. out: folder for everything that the run writes.
     steps, tokens, epochs: exactly one says how long it runs. tokens counts positions of packed sequences; an epoch is
         as many sequences as all sources have together. Both are rounded up to whole steps.
-    precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight.
+    precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight (`optimizer.master`).
+    recompute: what backward computes again rather than forward keeping it: nothing, the gate and up projections
+        (`selective`: most of the memory, a sixth more FLOPs), or whole layers (`full`). The gradients are the same.
+    float8: scaling of float8 operands in the layers' projections (None: they are as precise as the weights).
     max_consecutive_skips: the run stops when so many steps in a row were skipped, for a gradient that was not finite or
         a spike.
     """
@@ -88,6 +91,8 @@ class TrainRecipe(_Section):
     tokens: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    float8: Literal["rowwise", "blockwise"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_consecutive_skips: int = Field(default=5, ge=1)
     spikes: SpikeConfig = SpikeConfig()
@@ -114,7 +119,7 @@ class TrainRecipe(_Section):
 # The model and the data are not compared by their keys but by their content (trainer.py).
 FREE_KEYS = (
     *("model", "data", "data.validation", "out", "device", "max_consecutive_skips"),
-    *("validation", "checkpoint", "export", "log", "parallel", "spikes.factor"),
+    *("validation", "checkpoint", "export", "log", "parallel", "recompute", "spikes.factor"),
 )
 
 

@@ -131,6 +131,8 @@ class Trainer:
             mesh=make_mesh(self.device.type, recipe.parallel.replicas) if self.world_size > 1 else None,
             parallel=recipe.parallel,
         )
+        self.engine.decoder.recompute = recipe.recompute
+        self.engine.decoder.float8 = recipe.float8
         self.guard = SpikeGuard(recipe.spikes, self.device)
         if checkpoint is not None:
             self._restore(checkpoint)

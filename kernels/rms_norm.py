@@ -379,10 +379,10 @@ class _RMSNorm(torch.autograd.Function):
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, exact_hf: bool):
-        y, s, rstd = _add_rms_norm_op(x, residual, weight, eps, exact_hf)
+    def forward(ctx, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, exact_hf: bool):
+        y, s, rstd = norm_forward(x, residual, weight, eps, exact_hf)
         ctx.save_for_backward(s, weight, rstd)
-        ctx.exact_hf = exact_hf
+        ctx.has_residual, ctx.exact_hf = residual is not None, exact_hf
         ctx.set_materialize_grads(False)  # the sum of the last layer is not used: no zeros to read
         return y, s
 
@@ -390,10 +390,10 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: torch.Tensor | None, ds: torch.Tensor | None):
         if dy is None:
-            return ds, ds, None, None, None
+            return ds, ds if ctx.has_residual else None, None, None, None
         s, weight, rstd = ctx.saved_tensors
         dx, dw = _rms_norm_backward_op(dy, ds, s, weight, rstd, ctx.exact_hf)
-        return dx, dx, dw, None, None
+        return dx, dx if ctx.has_residual else None, dw, None, None
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -419,12 +419,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, exact_hf: boo
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, exact_hf: bool = False
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, exact_hf: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, s) with s = x + residual, rounded to x's dtype, and y = rms_norm(s, weight, eps): the pre-norm residual step.
 
     x and residual [..., H] of one shape and dtype, all else as in `rms_norm`. Both results are differentiable; x and
-    residual receive the same gradient.
+    residual receive the same gradient. Without a residual s is x; what flows back through s is still added to the
+    gradient of the norm before that is rounded.
     """
     check_norm("add_rms_norm", x, weight, residual)
     return _AddRMSNorm.apply(x, residual, weight, eps, exact_hf)

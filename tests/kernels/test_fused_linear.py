@@ -22,6 +22,10 @@ def fused_residual(x, residual, norm_weight, weight, *, exact_hf=False):
     return rms_norm_linear(x, norm_weight, weight, eps=EPS, residual=residual, exact_hf=exact_hf)
 
 
+def fused_sum(x, residual, norm_weight, weight, *, exact_hf=False):
+    return rms_norm_linear(x + residual, norm_weight, weight, eps=EPS, exact_hf=exact_hf, return_sum=True)
+
+
 def unfused_residual(x, residual, norm_weight, weight, *, exact_hf=False):
     y, s = add_rms_norm(x, residual, norm_weight, EPS, exact_hf=exact_hf)
     return linear(y, weight), s
@@ -35,12 +39,14 @@ def unfused_swiglu(gate_up, weight, bias, *, exact_hf=False):
 LAYERS = {
     "norm": (fused_norm, unfused_norm, ((T, H), (H,), (N, H), (N,))),
     "residual": (fused_residual, unfused_residual, ((T, H), (T, H), (H,), (N, H))),
+    "sum": (fused_sum, unfused_residual, ((T, H), (T, H), (H,), (N, H))),
     "swiglu": (swiglu_linear, unfused_swiglu, ((T, 2 * H), (N, H), (N,))),
 }
 # What a layer makes for the product and does not keep.
 NOT_SAVED = {
     "norm": lambda x, norm_weight, *_: rms_norm(x, norm_weight, EPS),
     "residual": lambda x, residual, norm_weight, _: add_rms_norm(x, residual, norm_weight, EPS)[0],
+    "sum": lambda x, residual, norm_weight, _: add_rms_norm(x, residual, norm_weight, EPS)[0],
     "swiglu": lambda gate_up, *_: swiglu(gate_up),
 }
 

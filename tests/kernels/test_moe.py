@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.functional import silu
 from transformers import MixtralConfig
@@ -140,6 +141,23 @@ def test_two_runs_are_equal_and_the_graph_can_be_walked_twice(path, dtype):
     once = torch.autograd.grad(out, leaves, expanded, retain_graph=True)
     again = torch.autograd.grad(out, leaves, expanded.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+def test_recomputation_saves_no_gate_and_up_and_changes_no_bit(path, dtype):
+    x, logits, gate_up, down = inputs()
+    args = x, torch.rand(T, 2), gate_up, down
+
+    def run(recompute):
+        shapes = []
+        with saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            results = gradients(
+                lambda x, weights, *w: moe_experts(x, weights, ORDER[:, :2], *w, recompute=recompute), args, dtype
+            )
+        return results, shapes.count((2 * T, 2 * I))
+
+    (plain, kept), (recomputing, kept_recomputing) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputing))
+    assert (kept, kept_recomputing) == (1, 0)
 
 
 @pytest.mark.parametrize("index", range(4))
