@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import MANIFEST, atomic_folder, hash_inputs, make_manifest, sha256_file, write_manifest
+from ..data.files import MANIFEST, hash_inputs, make_manifest, sha256_file, write_manifest
 from .config import ModelConfig
 from .model import Decoder
 from .ranks import Piece, Ranks
