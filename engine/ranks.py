@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Ranks:
             with self.together():
                 stack.close()
 
-    def gather_pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def gather_pieces(self, pieces: Iterable[Piece]) -> Generator[Piece]:
         """On rank 0 the pieces of all ranks, a piece of each in turn; on the others nothing, while they are sent.
 
         Rank 0 asks for every piece, so that it can stop the others: it does when its iterator is closed. An error in a
@@ -122,7 +122,7 @@ class Ranks:
                 return
             name, first, values = piece
             self._send((name, first, values.dtype, values.numel()), 0)
-            with self._peers_alive():
+            with self._peers_alive(0):
                 dist.send(values.view(torch.uint8), 0, self._group)
 
     def _receive_pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -140,7 +140,7 @@ class Ranks:
                         continue
                     name, first, dtype, count = header
                     values = torch.empty(count, dtype=dtype)
-                    with self._peers_alive():
+                    with self._peers_alive(rank):
                         dist.recv(values.view(torch.uint8), rank, self._group)
                     yield name, first, values
             yield from own
@@ -149,22 +149,23 @@ class Ranks:
                 self._send(False, rank)
 
     def _send(self, value: Any, rank: int) -> None:
-        with self._peers_alive():
+        with self._peers_alive(rank):
             dist.send_object_list([value], rank, self._group)
 
     def _receive(self, rank: int) -> Any:
         box = [None]
-        with self._peers_alive():
+        with self._peers_alive(rank):
             dist.recv_object_list(box, rank, self._group)
         return box[0]
 
     @contextlib.contextmanager
-    def _peers_alive(self) -> Iterator[None]:
+    def _peers_alive(self, peer: int | None = None) -> Iterator[None]:
         """What gloo says when a peer died or does not answer, as an error that needs no agreement any more."""
         try:
             yield
         except RuntimeError as error:
-            message = f"rank {self.rank} of {self.size}: another rank died or is stuck: {error}"
+            who = "another rank" if peer is None else f"rank {peer}"
+            message = f"rank {self.rank} of {self.size}: {who} died or is stuck: {error}"
             raise _agreed(RuntimeError(message)) from None
 
 

@@ -34,7 +34,7 @@ from ..data.batch import BatchLoader, PackedBatch, SequentialLoader, prefetch
 from ..data.files import MANIFEST, atomic_write, hash_inputs, make_manifest, read_manifest, sha256_json, write_manifest
 from ..data.tokenizer import load_tokenizer
 from ..kernels import attention_backend
-from .checkpoint import list_checkpoints, load_state, read_progress, remove_unfinished, save_checkpoint
+from .checkpoint import CheckpointWriter, list_checkpoints, load_newest, read_progress, remove_unfinished
 from .config import ModelConfig
 from .engine import DTYPES, Engine, SourceLoss
 from .metrics import LateFigures, MetricsFile, peak_flops, peak_memory_bytes, read_metrics, training_flops
@@ -99,7 +99,7 @@ class Trainer:
             self.console.print(f"{out}: this run is finished")
             return read_manifest(out, _KIND)
 
-        torch.manual_seed(recipe.data.seed)
+        self.checkpoints = CheckpointWriter(out / "checkpoints", recipe.checkpoint.keep)
         self.engine = Engine.load(
             recipe.model,
             dtype=recipe.precision,
@@ -108,7 +108,7 @@ class Trainer:
             accumulate_in_fp32=recipe.batch.accumulation > 1,
         )
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._restore()
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         self.metrics = MetricsFile(out / "metrics.jsonl", self.step if checkpoint else -1, recipe.log.tensorboard)
@@ -147,6 +147,7 @@ class Trainer:
                     self._export(out / "exports" / f"step-{self.step:08d}")
                 if stop:
                     break
+        self._show_failure(self.checkpoints.wait())
         if self.step < self.total_steps:
             self.console.print(f"stopped after step {self.step}; the same command continues from there")
             raise SystemExit(128 + stop[0])
@@ -241,8 +242,12 @@ class Trainer:
             self.console.print(f"validation after step {self.step}: {shown}")
 
     def _checkpoint(self) -> None:
-        folder, keep = self.recipe.out / "checkpoints", self.recipe.checkpoint.keep
-        save_checkpoint(folder, self.step, self.engine.state_dict(), self._progress(), keep)
+        healthy = self.consecutive_skips == 0
+        self._show_failure(self.checkpoints.save(self.step, self.engine.state_dict(), self._progress(), healthy))
+
+    def _show_failure(self, failure: Exception | None) -> None:
+        if failure is not None:
+            self.console.print(f"a checkpoint was not written, the one before stays: {failure}")
 
     def _export(self, path: Path) -> None:
         if path.exists():  # published by a process that was killed right after
@@ -316,12 +321,15 @@ class Trainer:
             "data": self.loader.fingerprint_at(self.cursor),
         }
 
-    def _restore(self, checkpoint: Path) -> None:
-        progress = read_progress(checkpoint)
-        self.engine.load_state_dict(load_state(checkpoint))
+    def _restore(self) -> None:
+        restored = load_newest(self.recipe.out / "checkpoints", self.engine.state_dict())
+        assert restored is not None
+        for problem in restored.damaged:
+            self.console.print(f"not used: {problem}")
+        progress = restored.progress
         self.step, self.cursor, self.tokens = progress["step"], progress["cursor"], progress["tokens"]
         self.skipped_steps, self.consecutive_skips = progress["skipped_steps"], progress["consecutive_skips"]
-        self.console.print(f"continuing from {checkpoint}")
+        self.console.print(f"continuing from {restored.path}")
 
     def _finish(self) -> dict[str, Any]:
         """Publish the model, then the manifest that says the run is complete."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import MANIFEST, atomic_folder, hash_inputs, make_manifest, sha256_file, write_manifest
+from ..data.files import MANIFEST, hash_inputs, make_manifest, sha256_file, write_manifest
 from .config import ModelConfig
 from .model import Decoder
 from .ranks import Piece, Ranks
@@ -149,7 +149,8 @@ def load_weights(
         with ranks.together():
             decoder.to(dtype).to_empty(device=device)
             shards = {name: local_shard(parameter) for name, parameter in decoder.named_parameters()}
-            if decoder.lm_head is None and placements.pop("lm_head.weight", None):
+            if decoder.lm_head is None and "lm_head.weight" in placements:
+                del placements["lm_head.weight"]
                 _check_tied_head(source, shards["embed_tokens.weight"])
             _read_shards(source, placements, shards)
 
