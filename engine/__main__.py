@@ -16,16 +16,21 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m steep.engine RECIPE [key=value ...]", file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else 2)
+    from .ranks import is_agreed
     from .trainer import TrainingDiverged, train
+    from .watchdog import PEER_LOST, PeerLost
 
+    statuses = {
+        TrainingDiverged: 3, PeerLost: PEER_LOST, ValueError: 2, FileNotFoundError: 2, FileExistsError: 2, OSError: 1,
+    }  # fmt: skip
     try:
         train(arguments[0], arguments[1:])
-    except (ValueError, OSError, TrainingDiverged) as error:
+    except tuple(statuses) as error:
         rank = int(os.environ.get("RANK", "0"))
-        if not (rank and getattr(error, "of_rank_zero", False)):
-            print(f"steep: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        mistake = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
-        sys.exit(2 if mistake else 3 if isinstance(error, TrainingDiverged) else 1)
+        if rank == 0 or not is_agreed(error):  # what all ranks raise is said once
+            notes = getattr(error, "__notes__", [])
+            print(" ".join(["steep:", *([f"rank {rank}:"] if rank else []), str(error), *notes]), file=sys.stderr)
+        sys.exit(next(status for kind, status in statuses.items() if isinstance(error, kind)))
 
 
 if __name__ == "__main__":

@@ -205,9 +205,14 @@ class Engine:
         return self.optimizer.step(lr, veto)
 
     def export(
-        self, path: str | Path, dtype: torch.dtype | None = None, provenance: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        parallel_write: bool = True,
     ) -> None:
-        """Publish a Hugging Face folder that transformers opens: see `weights.export_model`.
+        """Publish a Hugging Face folder that transformers opens: see `weights.export_model`. Every rank calls it.
 
         Raises:
             ValueError: the engine was not made from a folder.
@@ -215,7 +220,9 @@ class Engine:
         """
         if self.source_folder is None:
             raise ValueError("export needs the folder whose config and tokenizer to carry: give Engine source_folder")
-        export_model(self.decoder, self.source_folder, path, dtype=dtype, provenance=provenance)
+        export_model(
+            *(self.decoder, self.source_folder, path, dtype, provenance), parallel_write=parallel_write
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves."""

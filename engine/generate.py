@@ -82,7 +82,9 @@ def generate(
         while waiting and len(running) < max_sequences:
             running.append(waiting.pop())
             parents.append(None)
-        unread = [list(prompts[i]) if parent is None else results[i].tokens[-1:] for i, parent in zip(running, parents)]
+        unread = [
+            list(prompts[i]) if parent is None else results[i].tokens[-1:] for i, parent in zip(running, parents)
+        ]
         cache.branch(parents, [len(tokens) for tokens in unread])
         tokens_T = torch.tensor([token for tokens in unread for token in tokens], device=device)
         hidden_TD = decoder(tokens_T, cache.positions, cache.cu_seqlens, cache.max_seqlen, cache)

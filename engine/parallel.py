@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,6 @@ from .model import Decoder
 
 if TYPE_CHECKING:  # imported where it is used: one process alone is spared more than a second
     from torch.distributed.device_mesh import DeviceMesh
-
-T = TypeVar("T")
 
 REDUCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,23 +75,6 @@ def start_process_group(device_type: str, timeout_seconds: float) -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
-
-
-def from_rank_zero(function: Callable[[], T]) -> T:
-    """The result of a function that only rank 0 calls; what it raises is raised on every rank."""
-    if not dist.is_initialized():
-        return function()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except (ValueError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    if box[1] is not None:
-        box[1].of_rank_zero = True  # one message is enough
-        raise box[1]
-    return box[0]
 
 
 def check_world(config: ParallelConfig, world_size: int, micro_batches: int) -> None:

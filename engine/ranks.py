@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from ..data.files import atomic_folder
 TIMEOUT_SECONDS = 600.0  # the slowest rank's reading or writing must fit in
 _AGREED = "_steep_agreed"  # marks an error that all ranks raise: it passes through without being exchanged again
 
+T = TypeVar("T")
 Piece = tuple[str, int, Tensor]  # name of a tensor, first flat element, values: 1-D, contiguous, on the CPU
 
 
@@ -75,6 +76,16 @@ class Ranks:
                 raise _agreed(chosen)
         return [value for value, _ in answers]
 
+    def from_first(self, function: Callable[[], T]) -> T:
+        """The result of a function that only rank 0 calls; what it raises is raised on all."""
+        value = error = None
+        if self.rank == 0:
+            try:
+                value = function()
+            except Exception as raised:
+                error = raised
+        return self.exchange(value, error)[0]
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """An error in the block of any rank is raised on all, at the end of their blocks. Blocks may be nested and may
@@ -101,7 +112,7 @@ class Ranks:
             with self.together():
                 stack.close()
 
-    def gather_pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def gather_pieces(self, pieces: Iterable[Piece]) -> Generator[Piece]:
         """On rank 0 the pieces of all ranks, a piece of each in turn; on the others nothing, while they are sent.
 
         Rank 0 asks for every piece, so that it can stop the others: it does when its iterator is closed. An error in a
@@ -122,7 +133,7 @@ class Ranks:
                 return
             name, first, values = piece
             self._send((name, first, values.dtype, values.numel()), 0)
-            with self._peers_alive():
+            with self._peers_alive(0):
                 dist.send(values.view(torch.uint8), 0, self._group)
 
     def _receive_pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -140,7 +151,7 @@ class Ranks:
                         continue
                     name, first, dtype, count = header
                     values = torch.empty(count, dtype=dtype)
-                    with self._peers_alive():
+                    with self._peers_alive(rank):
                         dist.recv(values.view(torch.uint8), rank, self._group)
                     yield name, first, values
             yield from own
@@ -149,22 +160,23 @@ class Ranks:
                 self._send(False, rank)
 
     def _send(self, value: Any, rank: int) -> None:
-        with self._peers_alive():
+        with self._peers_alive(rank):
             dist.send_object_list([value], rank, self._group)
 
     def _receive(self, rank: int) -> Any:
         box = [None]
-        with self._peers_alive():
+        with self._peers_alive(rank):
             dist.recv_object_list(box, rank, self._group)
         return box[0]
 
     @contextlib.contextmanager
-    def _peers_alive(self) -> Iterator[None]:
+    def _peers_alive(self, peer: int | None = None) -> Iterator[None]:
         """What gloo says when a peer died or does not answer, as an error that needs no agreement any more."""
         try:
             yield
         except RuntimeError as error:
-            message = f"rank {self.rank} of {self.size}: another rank died or is stuck: {error}"
+            who = "another rank" if peer is None else f"rank {peer}"
+            message = f"rank {self.rank} of {self.size}: {who} died or is stuck: {error}"
             raise _agreed(RuntimeError(message)) from None
 
 
@@ -175,6 +187,11 @@ def _next_of(iterator: Iterator[Piece]) -> Iterator[Piece]:
     piece = next(iterator, None)
     if piece is not None:
         yield piece
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all ranks raise this error."""
+    return hasattr(error, _AGREED)
 
 
 def _agreed(error: Exception) -> Exception:

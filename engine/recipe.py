@@ -46,18 +46,22 @@ class ValidationConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """every: steps between checkpoints; keep: how many are kept."""
+    """every: steps between checkpoints; keep: how many are kept, the newest healthy one in any case. background: copy
+    the state to host memory and write it while training goes on; off: no memory for a copy, and training waits."""
 
     every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
+    background: bool = True
 
 
 class ExportConfig(_Section):
     """every: steps between exports of the model in Hugging Face form (None: only at the end); dtype of their tensors
-    (None: that of training)."""
+    (None: that of training). parallel_write: every process writes its part of the files of exports and checkpoints;
+    off, for file systems where several machines cannot write to one file: all is sent to rank 0, which writes."""
 
     every: int | None = Field(default=None, ge=1)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    parallel_write: bool = True
 
 
 class LogConfig(_Section):

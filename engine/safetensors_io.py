@@ -188,7 +188,7 @@ class SafetensorsFolder:
 
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""
-        view = _bytes_of(out)
+        view = bytes_of(out)
         offset, done = entry.offset + first * entry.dtype.itemsize, 0
         while done < len(view):  # one call reads 2 GiB at most
             count = os.preadv(self._descriptors[entry.file], [view[done:]], offset + done)
@@ -266,7 +266,7 @@ def _read_entry(file: Path, name: str, value: Any) -> tuple[torch.dtype, tuple[i
     return DTYPES[dtype_name], shape, (begin, end)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
@@ -369,11 +369,11 @@ class SafetensorsWriter:
             return
         with self._lock:
             _claim(self._written[name], lo, hi, name)
-        self._pwrite(entry.file, _bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
+        self._pwrite(entry.file, bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
-        """Write ranges (name, lo, values) as `write_range` does, best in the order of the files. All ranks must call it,
-        each with what it holds of the tensors; it returns when all are done."""
+        """Write ranges (name, lo, values) as `write_range` does, best in the order of the files. All ranks must call
+        it, each with what it holds of the tensors; it returns when all are done."""
         with self._ranks.together():
             if not self._gathers:
                 for name, lo, values in pieces:

@@ -73,8 +73,7 @@ def learning_rate(config: ScheduleConfig, step: int, total_steps: int) -> float:
         decay_start = total_steps - decay
     if warmup > total_steps or decay_start < warmup:
         raise ValueError(
-            f"schedule: {warmup} warm-up steps"
-            + (f" and {decay} decay steps" if config.kind == "wsd" else "")
+            f"schedule: {warmup} warm-up steps" + (f" and {decay} decay steps" if config.kind == "wsd" else "")
             + f" do not fit into a run of {total_steps} steps"
         )
     assert 1 <= step <= total_steps, (step, total_steps)

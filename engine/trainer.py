@@ -29,20 +29,23 @@ import torch.distributed as dist
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..data.batch import PackedBatch, prefetch
 from ..data.files import MANIFEST, atomic_write, hash_inputs, make_manifest, read_manifest, sha256_json, write_manifest
 from ..kernels import attention_backend
-from .checkpoint import list_checkpoints, load_state, read_progress, remove_unfinished, save_checkpoint
+from .checkpoint import CheckpointWriter, list_checkpoints, load_newest, read_progress, remove_unfinished
 from .config import ModelConfig
 from .engine import DTYPES, Engine
 from .metrics import LateFigures, MetricsFile, peak_flops, peak_memory_bytes, read_metrics, training_flops
-from .parallel import check_world, from_rank_zero, make_mesh, start_process_group, world_from_environment
+from .parallel import check_world, make_mesh, start_process_group, world_from_environment
+from .ranks import Ranks
 from .recipe import TrainRecipe, changed_keys, load_recipe
 from .run_setup import count_steps, open_data, pick_device
 from .schedule import learning_rate
 from .signals import exit_status, stop_requests
 from .spikes import SpikeGuard
+from .watchdog import PeerLost, Watchdog
 
 _KIND = "training run"
 
@@ -111,17 +114,43 @@ class Trainer:
         self.agreed_stop = 0
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, from the newest checkpoint if there is one; the manifest of the finished run."""
+        """Train to the end, from the newest checkpoint if there is one; the manifest of the finished run.
+
+        Raises:
+            PeerLost: another rank is dead.
+        """
+        if self.world_size == 1:
+            return self._run()
+        timeout = self.recipe.parallel.timeout_seconds
+        with Watchdog(_get_default_store(), self.rank, self.world_size, timeout) as self.watchdog:
+            try:
+                return self._run()
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError | TrainingDiverged):
+                    raise
+                dead = self.watchdog.find_dead()
+                if dead is None:
+                    raise
+                raise PeerLost(dead) from error
+
+    def _run(self) -> dict[str, Any]:
         recipe, out = self.recipe, self.recipe.out
-        model_files = from_rank_zero(lambda: hash_inputs([recipe.model]))
+        self.ranks = Ranks.world() if self.world_size > 1 else Ranks()
+        model_files = self.ranks.from_first(lambda: hash_inputs([recipe.model]))
         self.model_hash = sha256_json(sorted((Path(path).name, entry["sha256"]) for path, entry in model_files.items()))
         self.inputs = model_files | hash_inputs(store.path for store in self.loader.stores)
-        checkpoint = from_rank_zero(self._check_out)
-        if from_rank_zero((out / MANIFEST).is_file):
+        checkpoint = self.ranks.from_first(self._check_out)
+        if self.ranks.from_first((out / MANIFEST).is_file):
             self.console.print(f"{out}: this run is finished")
             return read_manifest(out, _KIND)
 
-        torch.manual_seed(recipe.data.seed)
+        self.checkpoints = CheckpointWriter(
+            out / "checkpoints",
+            recipe.checkpoint.keep,
+            Ranks.world() if self.world_size > 1 else None,  # a group of its own, used from a thread
+            background=recipe.checkpoint.background,
+            parallel_write=recipe.export.parallel_write,
+        )
         self.engine = Engine.load(
             recipe.model,
             dtype=recipe.precision,
@@ -135,7 +164,7 @@ class Trainer:
         self.engine.decoder.float8 = recipe.float8
         self.guard = SpikeGuard(recipe.spikes, self.device)
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._restore()
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             atomic_write(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -157,6 +186,7 @@ class Trainer:
             started = time.perf_counter()
             for batches, num_valid in prefetch(self._remaining_steps()):
                 waited = time.perf_counter() - started
+                self._at(f"step {self.step + 1}")
                 lr = learning_rate(recipe.schedule, self.step + 1, self.total_steps)
                 figures = self._train_step(batches, num_valid, lr)
                 self.step += 1
@@ -184,12 +214,18 @@ class Trainer:
                 if stop:
                     break
                 started = time.perf_counter()
+        unsaved = self._show_failure(self.checkpoints.wait())
         if self.step < self.total_steps:
-            self.console.print(f"stopped after step {self.step}; the same command continues from there")
-            raise SystemExit(exit_status(stop))
+            self.console.print(f"stopped after step {self.step}; the same command continues from the newest checkpoint")
+            raise SystemExit(1 if unsaved else exit_status(stop))
         return self._finish()
 
     # --- the loop's parts ---
+
+    def _at(self, what: str) -> None:
+        """Tell the other ranks where this one is."""
+        if self.world_size > 1:
+            self.watchdog.at(what)
 
     def _remaining_steps(self) -> Iterator[tuple[list[PackedBatch], int]]:
         """This rank's micro batches of every step that is left, and the targets of the whole step: pure functions of
@@ -310,6 +346,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Mean loss of every validation store over batches spread evenly over it."""
+        self._at(f"validation after step {self.step}")
         losses, counts = {}, {}
         for loader in self.validation_loaders:
             wanted = self.recipe.validation.sequences or loader.num_seqs
@@ -330,15 +367,29 @@ class Trainer:
             self.console.print(f"validation after step {self.step}: {shown}")
 
     def _checkpoint(self) -> None:
-        folder, keep = self.recipe.out / "checkpoints", self.recipe.checkpoint.keep
-        save_checkpoint(folder, self.step, self._state(), self._progress(), keep)
+        self._at(f"checkpoint of step {self.step}")
+        healthy = self.consecutive_skips == 0
+        self._show_failure(self.checkpoints.save(self.step, self._state(), self._progress(), healthy))
+
+    def _show_failure(self, failure: Exception | None) -> bool:
+        """Whether a checkpoint could not be written; training goes on."""
+        if failure is not None:
+            self.console.print(f"a checkpoint was not written, the one before stays: {failure}")
+            self.metrics.write("checkpoint failed", self.step, error=str(failure))
+        return failure is not None
 
     def _export(self, path: Path) -> None:
-        if path.exists():  # published by a process that was killed right after
+        self._at(f"export to {path.name}")
+        if self.ranks.from_first(path.exists):  # published by a process that was killed right after
             return
         dtype = self.recipe.export.dtype
         provenance = {"recipe": self.recipe.model_dump(mode="json"), "step": self.step, "inputs": self.inputs}
-        self.engine.export(path, dtype=getattr(torch, dtype) if dtype else None, provenance=provenance)
+        self.engine.export(
+            path,
+            getattr(torch, dtype) if dtype else None,
+            provenance,
+            parallel_write=self.recipe.export.parallel_write,
+        )
 
     @contextlib.contextmanager
     def _display(self) -> Iterator[Callable[[str | None], None]]:
@@ -409,20 +460,25 @@ class Trainer:
         """Every tensor that a resume needs."""
         return self.engine.state_dict() | {f"spikes.{name}": each for name, each in self.guard.state_dict().items()}
 
-    def _restore(self, checkpoint: Path) -> None:
-        progress = read_progress(checkpoint)
-        state = load_state(checkpoint)
-        self.engine.load_state_dict({name: state[name] for name in state if not name.startswith("spikes.")})
-        for name, tensor in self.guard.state_dict().items():
-            tensor.copy_(state[f"spikes.{name}"])
+    def _restore(self) -> None:
+        restored = load_newest(self.recipe.out / "checkpoints", self._state())
+        assert restored is not None
+        for problem in restored.damaged:
+            self.console.print(f"not used: {problem}")
+        progress = restored.progress
         self.step, self.cursor, self.tokens = progress["step"], progress["cursor"], progress["tokens"]
         self.skipped_steps, self.consecutive_skips = progress["skipped_steps"], progress["consecutive_skips"]
-        self.console.print(f"continuing from {checkpoint}")
+        self.console.print(f"continuing from {restored.path}")
 
     def _finish(self) -> dict[str, Any]:
         """Publish the model, then the manifest that says the run is complete."""
+        self._export(self.recipe.out / "model")
+        manifest = self.ranks.from_first(self._write_manifest)
+        self.console.print(f"trained model: {self.recipe.out / 'model'}")
+        return manifest
+
+    def _write_manifest(self) -> dict[str, Any]:
         out = self.recipe.out
-        self._export(out / "model")
         records = read_metrics(out / "metrics.jsonl")
         figures: dict[str, Any] = {
             "steps": self.step,
@@ -443,10 +499,10 @@ class Trainer:
             config={**self._progress(), "recipe": self.recipe.model_dump(mode="json")},
             figures=figures,
             device=device,
+            world_size=self.world_size,
             attention=attention_backend(self.device.type),
         )
         write_manifest(out, manifest)
-        self.console.print(f"trained model: {out / 'model'}")
         return manifest
 
 

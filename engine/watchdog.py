@@ -33,6 +33,10 @@ class _Peer:
     host: str = "unknown host"
 
 
+class PeerLost(RuntimeError):
+    """Another rank is dead."""
+
+
 class Watchdog:
     """Use as a context around everything that communicates; call `at` whenever this rank gets on."""
 
@@ -105,7 +109,8 @@ class Watchdog:
         behind = min(self._others.items(), key=lambda entry: entry[1].progress, default=None)
         if behind is not None and behind[1].progress < self._progress and now - behind[1].moved > stuck_after:
             rank, peer = behind
-            return f"rank {rank} on {peer.host} has been at {peer.at} for {now - peer.moved:.0f} s, this one at {self._at}"
+            standstill = f"{now - peer.moved:.0f} s, this one at {self._at}"
+            return f"rank {rank} on {peer.host} has been at {peer.at} for {standstill}"
         return None
 
     def _end(self, why: str) -> None:

@@ -176,7 +176,8 @@ def load_weights(
         with ranks.together():
             decoder.to(dtype).to_empty(device=device)
             shards = {name: local_shard(parameter) for name, parameter in decoder.named_parameters()}
-            if decoder.lm_head is None and placements.pop("lm_head.weight", None):
+            if decoder.lm_head is None and "lm_head.weight" in placements:
+                del placements["lm_head.weight"]
                 _check_tied_head(source, shards["embed_tokens.weight"])
             _read_shards(source, placements, shards)
 

@@ -1,15 +1,21 @@
 """Training on several ranks over gloo: the same run as in one process, whatever the ranks, copies and options."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from steep.engine import SafetensorsFolder, parse_recipe, read_metrics, train
+from steep.engine.checkpoint import list_checkpoints
+from steep.engine.parallel import ParallelConfig, check_world, world_from_environment
 from tests.engine.processes import run_ranks
-from tests.engine.tiny_run import make_mixtral, make_recipe
+from tests.engine.tiny_run import make_mixtral, make_recipe, write_recipe
 
 STEPS = {"steps": 5, "validation": {"every": 4, "sequences": 5}, "batch": {"sequences": 1, "micro_batches": 12}}
 
@@ -76,3 +82,118 @@ def test_a_mixture_of_experts_on_three_ranks(tmp_path):
     train(parse_recipe(values))
     out = train_ranks(3, {**values, "out": str(tmp_path / "sharded")})
     assert_close_runs(out, tmp_path / "out", tolerance=3e-6)
+
+
+# --- resume and faults: real processes, as torchrun starts them ---
+
+
+def start_ranks(world_size: int, recipe: Path) -> list[subprocess.Popen]:
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "steep.engine", recipe],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+            },
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def wait_for_steps(out: Path, steps: int, ranks: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 90
+    while not ((out / "metrics.jsonl").is_file() and len(read_metrics(out / "metrics.jsonl", "train")) >= steps):
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(ranks: list[subprocess.Popen], timeout: float = 90) -> list[tuple[int, str]]:
+    """(status, stderr) of each rank."""
+    errors = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    return [(rank.returncode, error) for rank, error in zip(ranks, errors)]
+
+
+LONG = {**STEPS, "steps": 60, "validation": {"every": 100}, "checkpoint": {"every": 10}}
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_world_goes_on(tmp_path):
+    recipe = write_recipe(tmp_path, **LONG)
+    ranks = start_ranks(2, recipe)
+    wait_for_steps(tmp_path / "out", 3, ranks)
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [status for status, _ in finish(ranks)] == [0, 0]
+    stopped_at = len(read_metrics(tmp_path / "out" / "metrics.jsonl", "train"))
+    assert list_checkpoints(tmp_path / "out" / "checkpoints")[0].name == f"step-{stopped_at:08d}"
+    assert 3 <= stopped_at < 60
+
+    values = make_recipe(tmp_path, **LONG)
+    train_ranks(3, values)
+    train(parse_recipe({**values, "out": str(tmp_path / "straight")}))
+    assert_close_runs(tmp_path / "out", tmp_path / "straight", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_rank_ends_the_others_by_name(tmp_path, victim):
+    recipe = write_recipe(tmp_path, **LONG, parallel={"timeout_seconds": 4})
+    ranks = start_ranks(2, recipe)
+    wait_for_steps(tmp_path / "out", 2, ranks)
+    ranks[victim].kill()
+    killed_at = time.monotonic()
+    results = finish(ranks, timeout=40)
+    assert time.monotonic() - killed_at < 20
+    status, message = results[1 - victim]
+    assert status == 4, message
+    assert f"rank {victim}" in message
+
+
+def test_a_stuck_rank_ends_all_by_name(tmp_path):
+    """Alive, with its threads running, but it does not get on: a file system that hangs, say."""
+    recipe = write_recipe(tmp_path, **LONG, parallel={"timeout_seconds": 4})
+    ranks = start_ranks(2, recipe)
+    wait_for_steps(tmp_path / "out", 2, ranks)
+    ranks[1].send_signal(signal.SIGSTOP)
+    status, message = finish(ranks[:1], timeout=40)[0]
+    ranks[1].kill()
+    assert status == 4, message
+    assert "rank 1" in message
+
+
+def test_killed_and_resumed_on_the_same_ranks_bit_for_bit(tmp_path):
+    recipe = write_recipe(tmp_path, **{**LONG, "steps": 25})
+    for steps in (4, 14):
+        ranks = start_ranks(2, recipe)
+        wait_for_steps(tmp_path / "out", steps, ranks)
+        for rank in ranks:
+            rank.kill()
+        finish(ranks)
+    assert [status for status, _ in finish(start_ranks(2, recipe))] == [0, 0]
+    straight = make_recipe(tmp_path, **{**LONG, "steps": 25}, out=str(tmp_path / "straight"))
+    train_ranks(2, straight)
+    for name in ("model", "checkpoints/step-00000025"):
+        ours, theirs = SafetensorsFolder(tmp_path / "out" / name), SafetensorsFolder(tmp_path / "straight" / name)
+        assert all(torch.equal(ours.get(each), theirs.get(each)) for each in theirs.names)
+
+
+def test_mistakes_are_said_once(tmp_path):
+    recipe = write_recipe(tmp_path, **LONG)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    results = finish(start_ranks(2, recipe))
+    assert [status for status, _ in results] == [2, 2]
+    assert "is not empty and holds no training run" in results[0][1]
+    assert "not empty" not in results[1][1]
+
+
+def test_what_does_not_fit_the_world_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"batch\.micro_batches: 12 .* over 8 processes; allowed: a multiple of 8"):
+        check_world(ParallelConfig(), 8, 12)
+    with pytest.raises(ValueError, match=r"parallel\.replicas: 3 copies over 8 processes; allowed: a divisor of 8"):
+        check_world(ParallelConfig(replicas=3), 8, 8)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="environment: WORLD_SIZE is 'two'"):
+        world_from_environment()
