@@ -118,20 +118,21 @@ def finish(ranks: list[subprocess.Popen], timeout: float = 90) -> list[tuple[int
     return [(rank.returncode, error) for rank, error in zip(ranks, errors)]
 
 
-LONG = {**STEPS, "steps": 60, "validation": {"every": 100}, "checkpoint": {"every": 10}}
+SHORT = {"steps": 24, "batch": {"sequences": 1, "micro_batches": 6}, "validation": {"every": 100}}
+ENDLESS = {**SHORT, "steps": 5000, "parallel": {"timeout_seconds": 4}}
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_world_goes_on(tmp_path):
-    recipe = write_recipe(tmp_path, **LONG)
+    recipe = write_recipe(tmp_path, **SHORT)
     ranks = start_ranks(2, recipe)
     wait_for_steps(tmp_path / "out", 3, ranks)
     ranks[1].send_signal(signal.SIGUSR1)
     assert [status for status, _ in finish(ranks)] == [0, 0]
     stopped_at = len(read_metrics(tmp_path / "out" / "metrics.jsonl", "train"))
     assert list_checkpoints(tmp_path / "out" / "checkpoints")[0].name == f"step-{stopped_at:08d}"
-    assert 3 <= stopped_at < 60
+    assert 3 <= stopped_at < 24
 
-    values = make_recipe(tmp_path, **LONG)
+    values = make_recipe(tmp_path, **SHORT)
     train_ranks(3, values)
     train(parse_recipe({**values, "out": str(tmp_path / "straight")}))
     assert_close_runs(tmp_path / "out", tmp_path / "straight", tolerance=2e-5)
@@ -139,7 +140,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_world_go
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_rank_ends_the_others_by_name(tmp_path, victim):
-    recipe = write_recipe(tmp_path, **LONG, parallel={"timeout_seconds": 4})
+    recipe = write_recipe(tmp_path, **ENDLESS)
     ranks = start_ranks(2, recipe)
     wait_for_steps(tmp_path / "out", 2, ranks)
     ranks[victim].kill()
@@ -153,7 +154,7 @@ def test_a_dead_rank_ends_the_others_by_name(tmp_path, victim):
 
 def test_a_stuck_rank_ends_all_by_name(tmp_path):
     """Alive, with its threads running, but it does not get on: a file system that hangs, say."""
-    recipe = write_recipe(tmp_path, **LONG, parallel={"timeout_seconds": 4})
+    recipe = write_recipe(tmp_path, **ENDLESS)
     ranks = start_ranks(2, recipe)
     wait_for_steps(tmp_path / "out", 2, ranks)
     ranks[1].send_signal(signal.SIGSTOP)
@@ -164,23 +165,23 @@ def test_a_stuck_rank_ends_all_by_name(tmp_path):
 
 
 def test_killed_and_resumed_on_the_same_ranks_bit_for_bit(tmp_path):
-    recipe = write_recipe(tmp_path, **{**LONG, "steps": 25})
-    for steps in (4, 14):
+    recipe = write_recipe(tmp_path, **SHORT)
+    for steps in (3, 10):
         ranks = start_ranks(2, recipe)
         wait_for_steps(tmp_path / "out", steps, ranks)
         for rank in ranks:
             rank.kill()
         finish(ranks)
     assert [status for status, _ in finish(start_ranks(2, recipe))] == [0, 0]
-    straight = make_recipe(tmp_path, **{**LONG, "steps": 25}, out=str(tmp_path / "straight"))
+    straight = make_recipe(tmp_path, **SHORT, out=str(tmp_path / "straight"))
     train_ranks(2, straight)
-    for name in ("model", "checkpoints/step-00000025"):
+    for name in ("model", "checkpoints/step-00000024"):
         ours, theirs = SafetensorsFolder(tmp_path / "out" / name), SafetensorsFolder(tmp_path / "straight" / name)
         assert all(torch.equal(ours.get(each), theirs.get(each)) for each in theirs.names)
 
 
 def test_mistakes_are_said_once(tmp_path):
-    recipe = write_recipe(tmp_path, **LONG)
+    recipe = write_recipe(tmp_path, **SHORT)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     results = finish(start_ranks(2, recipe))
