@@ -13,6 +13,7 @@ some rows of T.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -155,21 +156,18 @@ class Layer(nn.Module):
 
     def _mlp(self, branch_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
         gate_up_T2F, residual_TD = self._norm_project(branch_TD, residual_TD, self.post_norm, self.gate_up)
-        if self.recompute != "selective" or not torch.is_grad_enabled():
-            return self._swiglu_down(gate_up_T2F), residual_TD
 
         def again() -> Tensor:
             return self._norm_project(residual_TD, None, self.post_norm, self.gate_up)[0]
 
-        with _not_saved(gate_up_T2F.shape, again):
-            return self._swiglu_down(gate_up_T2F), residual_TD
-
-    def _swiglu_down(self, gate_up_T2F: Tensor) -> Tensor:
-        if self.float8 is None and self.recompute != "full":
-            return swiglu_linear(gate_up_T2F, self.down.weight)
-        # In a checkpointed layer the product's input is saved before it is multiplied, and is the last that backward
-        # waits for: the recomputation ends there, without the product.
-        return self._project(swiglu(gate_up_T2F), self.down)
+        selective = self.recompute == "selective" and torch.is_grad_enabled()
+        with _not_saved(gate_up_T2F.shape, again) if selective else nullcontext():
+            if self.float8 is None and self.recompute != "full":
+                return swiglu_linear(gate_up_T2F, self.down.weight), residual_TD
+            h_TF = swiglu(gate_up_T2F)
+        # Of a checkpointed layer h is the last that backward waits for, and torch's product saves it before it
+        # multiplies: there the recomputation ends, without the product.
+        return self._project(h_TF, self.down), residual_TD
 
     def _mixture(self, branch_TD: Tensor, residual_TD: Tensor, active: int) -> tuple[Tensor, Tensor, Routing]:
         x_TD, residual_TD = self._norm(branch_TD, residual_TD, self.post_norm)
