@@ -82,6 +82,10 @@ def test_a_mixture_of_experts_on_three_ranks(tmp_path):
     train(parse_recipe(values))
     out = train_ranks(3, {**values, "out": str(tmp_path / "sharded")})
     assert_close_runs(out, tmp_path / "out", tolerance=3e-6)
+    loads = [read_metrics(run / "metrics.jsonl", "train")[0]["expert_load"] for run in (out, tmp_path / "out")]
+    assert loads[0] == loads[1]
+    assert torch.tensor(loads[0]).shape == (2, 4)
+    torch.testing.assert_close(torch.tensor(loads[0]).sum(1), torch.ones(2), rtol=0, atol=1e-3)
 
 
 # --- resume and faults: real processes, as torchrun starts them ---
