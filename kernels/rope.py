@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, round_to, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -106,11 +106,6 @@ def load_tables(COS, SIN, POSITIONS, token, col, HALF: tl.constexpr, INVERSE: tl
     if INVERSE:
         sin = -sin
     return cos, sin
-
-
-@kernel
-def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    return cast(x, dtype, INTERPRET).to(tl.float32)
 
 
 @kernel
@@ -259,7 +254,7 @@ def rope(
     exact_hf: round cos and sin, both products and their sum to q.dtype as transformers' apply_rotary_pos_emb does: the
     same bits in bf16 and fp16, forward and backward. Default: one rounding, closer to the true rotation.
     """
-    check_tensor("rope: q", q, (None, None, None))
+    check_tensor("rope: q", q, (None, None, None), dtype=float_dtypes(q))
     tokens, _, head_dim = q.shape
     check_tensor("rope: k", k, (tokens, None, head_dim), like=q)
     check_rotation("rope", q, head_dim, cos, sin, positions)

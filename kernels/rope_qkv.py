@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, persistent_programs, tl
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
+from ._triton import cast, cdiv, kernel, launch, persistent_programs, round_to, tl
 from .rope import (
     _rope_op,
     check_rotation,
@@ -30,7 +30,6 @@ from .rope import (
     rotate_cpu,
     rotate_kernel,
     rotation,
-    round_to,
     unit_columns,
 )
 
@@ -496,6 +495,7 @@ def _check(qkv: torch.Tensor, heads_q: int, heads_k: int) -> int:
     heads = heads_q + 2 * heads_k
     if heads_q < 1 or heads_k < 1:
         raise ValueError(f"rope_qkv: heads_q is {heads_q} and heads_k is {heads_k}; allowed: at least 1 each")
+    check_tensor("rope_qkv: qkv", qkv, dtype=float_dtypes(qkv))
     if qkv.ndim != 2 or qkv.shape[1] % heads:
         raise ValueError(f"rope_qkv: qkv has shape {tuple(qkv.shape)}; expected (*, a multiple of {heads} heads)")
     if qkv.stride(1) != 1 or (qkv.shape[0] > 1 and qkv.stride(0) < qkv.shape[1]):
