@@ -303,7 +303,8 @@ def linear_cross_entropy(
         labels: [T] int64; ignore_index where there is no target, else 0 <= label < V. (Another one: torch's index error
             on a CPU, NaN in loss and gradients on a GPU.)
         scale: fp32, without gradient: 0-dim, usually 1 / (targets in the global batch), or a weight per token [T], by
-            which gradients per token are chosen. None for 1.
+            which gradients per token are chosen. None for 1. (In fp16 a GradScaler's factor belongs in here too: on the
+            loss it comes after the gradients, which have underflowed by then.)
         chunk_tokens: rows of logits held at once, about. None: what 3 % of the GPU's memory holds (`chunk_plan`).
         label_smoothing: smoothed nll = (1 - e) * nll + e * mean over the vocabulary of -log p, as F.cross_entropy.
         z_loss: weight of the squared log-sum-exp (PaLM used 1e-4, arXiv:2204.02311).
