@@ -238,14 +238,14 @@ def test_the_loss_takes_what_transformers_takes(num_items):
 
 
 def test_fp16_gradients_survive_as_far_as_a_grad_scaler_lets_them():
-    """Of 2^16 tokens in the batch, each has gradients below the smallest fp16 number until the loss is scaled up."""
-    model, inputs = tiny("Llama").train(), packed() | {"num_items_in_batch": 2**16}
+    """Of 4 million tokens in the batch each has gradients below the smallest fp16 number until the loss is scaled up."""
+    model, inputs = tiny("Llama").train(), packed() | {"num_items_in_batch": 2**22}
     gradients = []
     for m in (model, patched(model)):
         m.zero_grad()
         with torch.autocast("cpu", torch.float16):
             output = m(**inputs)
-        (2.0**16 * output.loss).backward()
+        (2.0**22 * output.loss).backward()
         gradients.append({name: p.grad for name, p in m.named_parameters()})
     assert output.logits is None
     assert max(distances(gradients[1], gradients[0]).values()) < 1e-2
