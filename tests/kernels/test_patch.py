@@ -238,7 +238,7 @@ def test_the_loss_takes_what_transformers_takes(num_items):
 
 
 def test_fp16_gradients_survive_as_far_as_a_grad_scaler_lets_them():
-    """Of 4 million tokens in the batch each has gradients below the smallest fp16 number until the loss is scaled up."""
+    """Of 4 million tokens each has gradients below the smallest fp16 number until the loss is scaled up."""
     model, inputs = tiny("Llama").train(), packed() | {"num_items_in_batch": 2**22}
     gradients = []
     for m in (model, patched(model)):
