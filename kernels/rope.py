@@ -26,7 +26,7 @@ from ._triton import cast, cdiv, kernel, launch, next_power_of_2, round_to, tl
 
 # Tokens of one block: its heads stay in the cache between the three passes. Rolling the heads and multiplying by signed
 # tables keeps every pass at the whole width of a head: measured 1.2 to 2.8 times as fast as two passes per half.
-_BLOCK_TOKENS = 256
+BLOCK_TOKENS = 256
 
 
 def gather_tables(
@@ -44,7 +44,7 @@ def rotate_cpu(
 ) -> None:
     """Write rotated x to out, which may be x; tables from `gather_tables`."""
     half = x_THD.shape[-1] // 2
-    for x, out, cos, sin in zip(*(t.split(_BLOCK_TOKENS) for t in (x_THD, out_THD, cos_T1D, sin_T1D))):
+    for x, out, cos, sin in zip(*(t.split(BLOCK_TOKENS) for t in (x_THD, out_THD, cos_T1D, sin_T1D))):
         x = x.to(cos.dtype)
         y = x.roll(half, -1).mul_(sin)
         if exact_hf:
