@@ -19,7 +19,7 @@ from steep.engine.ranks import Ranks
 from steep.engine.safetensors_io import INDEX_FILE, SafetensorsFolder, SafetensorsWriter
 from steep.engine.shards import local_shard
 from steep.engine.weights import export_model, hf_tensors, load_weights
-from tests.engine.processes import exit_codes, limited_files, meshes, process_group, raises_everywhere, run_ranks
+from tests.processes import exit_codes, limited_files, meshes, process_group, raises_everywhere, run_ranks
 
 QWEN3 = {
     "model_type": "qwen3",

@@ -1,7 +1,6 @@
 """Trainer: a whole run, exact resume after any interruption, refusals before anything is written."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ import torch
 from steep.engine import Engine, SafetensorsFolder, TrainingDiverged, parse_recipe, read_metrics, train
 from steep.engine.checkpoint import list_checkpoints
 from tests.engine.tiny_run import make_model, make_recipe, make_store, write_recipe
+from tests.processes import forkserver
 
 # What depends on the clock or the process, not on the run.
 TIMED = ("tokens_per_second", "data_wait", "memory_bytes")
@@ -126,13 +126,11 @@ def train_quietly(values: dict) -> None:
 def test_killed_at_thirty_moments_the_run_is_the_same_to_the_bit(root, reference):
     """SIGKILL, again and again: wherever the process is, and while a checkpoint or an export is half-written;
     then to the end. Processes are forked from a server that has imported everything, so a kill costs a second."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["steep.engine.trainer", "steep.engine.checkpoint", "steep.engine.weights"])
     out = root / "out"
     values = make_recipe(root, checkpoint={"every": 1, "keep": 2}, export={"every": 2})
     moments, hits = random.Random(4), 0
     for kill in range(30):
-        process = context.Process(target=train_quietly, args=(values,))
+        process = forkserver().Process(target=train_quietly, args=(values,))
         process.start()
         if kill % 2:
             process.join(moments.uniform(0.0, 1.5))
