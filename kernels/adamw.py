@@ -122,6 +122,8 @@ def _write_weight(w: Tensor, weight: Tensor, residual: Tensor | None, noise: Ten
     elif residual.dtype == torch.float32:
         weight.copy_(w)
     else:
+        if not w.sum().isfinite():
+            w.masked_fill_(w.isnan(), torch.nan)
         bits = w.view(torch.int32)
         residual.copy_(bits)  # its low half, as what is added to the high half makes it
         weight.view(torch.int16).copy_(bits.add_(1 << 15).bitwise_right_shift_(16))
@@ -207,7 +209,8 @@ def _adamw_kernel(
             tl.store(param + i, cast(w, tl.bfloat16, INTERPRET), mask)
             tl.store(residual + i, w, mask)
         else:
-            bits = w.to(tl.int32, bitcast=True)
+            # NaN as a GPU makes it, 0x7FFFFFFF, would be rounded up to -0: the model would compute on with zeros.
+            bits = tl.where(w == w, w.to(tl.int32, bitcast=True), 0x7FC00000)
             high = (bits + 0x8000) >> 16
             tl.store(param + i, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask)
             tl.store(residual + i, (bits - (high << 16)).to(tl.int16), mask)
@@ -418,8 +421,13 @@ def adamw_(
     if not shards:
         return
     like = shards[0].param
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"adamw_: {name} is {value}; it must not be negative")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"adamw_: seed is {seed}; it must be in [0, 2^63)")
     if not isinstance(lr, Tensor):
-        lr = torch.full((), lr, dtype=torch.float64, device=like.device)
+        lr = torch.full((), lr, dtype=torch.float32 if like.is_cuda else torch.float64, device=like.device)
     for name, scalar, dtypes in (
         ("lr", lr, (torch.float32, torch.float64)),
         ("step", step, (torch.float32, torch.int32, torch.int64)),
