@@ -39,6 +39,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def float_dtypes(x: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that a kernel which computes in `compute_dtype` takes where x is: fp64 is for CPUs."""
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    return floats if x.is_cuda else (*floats, torch.float64)
+
+
 def check_tensor(
     argument: str,
     x: torch.Tensor,

@@ -312,6 +312,19 @@ class AdamWShard:
         bits depend on it. Let every parameter begin at a multiple of 256; shards with uint8 moments must, others may
         begin anywhere (multiples of 4 are faster).
 
+    Under FSDP2, or any other division, the same bits come out on one rank and on many if every rank walks over all
+    parameters in the same order and gives each the numbers from the next multiple of 256 on. Of one with `rows` rows of
+    `row` elements (a vector has rows of one), rank r of R holds the rows from `first` = min(r * ceil(rows / R), rows):
+
+        local = p.to_local().detach().view(-1)              # may be empty
+        shard = AdamWShard.zeros(local, ..., first_index=begin + first * row)
+        begin += ceil(rows * row / 256) * 256
+
+    uint8 moments are for parameters whose `row` is a multiple of 256, so that no scale belongs to two ranks; give the
+    others, a handful of vectors mostly, bf16. Decayed and undecayed parameters are two calls of `adamw_` with the same
+    step. In a checkpoint each tensor here, seen as [local rows, row] (scales [local rows, row / 256]), is divided as the
+    parameter is. Load into them with copy_: a shard keeps its tensors for good.
+
     Raises:
         ValueError: naming the tensor that does not fit.
     """

@@ -2,12 +2,12 @@
 
     norm = sqrt(sum over gradients of sum g^2)        grad_scale = min(max_norm / norm, 1)        skip = norm not finite
 
-Floor: one read of the gradients (2 bytes per element in bf16). Squares are summed in fp32 over 16,384 elements (512 on a
-CPU), the partial sums in fp64, in a fixed order: no atomics, no synchronisation, the same bits in every run. Relative
+Floor: one read of the gradients (2 bytes per element in bf16). Squares are summed in fp32 over 16,384 elements (512 on
+a CPU), the partial sums in fp64, in a fixed order: no atomics, no synchronisation, the same bits in every run. Relative
 error: each lane adds 4 squares (32) and a tree the lanes, 20 (40) roundings at most, so 1.2e-6 (2.4e-6) of the squared
 norm in the worst case and about 1e-8 of a model's, however many elements it has. Squares overflow beyond 1.8e19: such a
-gradient counts as not finite. Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.clip_grad_norm_ (which adds 1e-6 to the norm).
-May touch: torch, triton.
+gradient counts as not finite. Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.clip_grad_norm_ (which adds
+1e-6 to the norm). May touch: torch, triton.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ _WORD = 0xFFFFFFFF
 
 def philox_words(seed: int, stream: int, counter: torch.Tensor) -> list[torch.Tensor]:
     """The four words, each int64 in [0, 2^32), of every counter (int64, any shape); seed and stream modulo 2^64."""
-    c0, c1, c2, c3 = counter & _WORD, counter >> 32, torch.full_like(counter, stream & _WORD), stream >> 32 & _WORD
+    c0, c1 = counter & _WORD, counter >> 32
+    c2, c3 = (torch.full_like(counter, word & _WORD) for word in (stream, stream >> 32))
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
         # 32 x 32 -> 64 bits. What c1 and c3 hold above 32 bits, and the sign that int64 gives a product, never count.
