@@ -322,8 +322,8 @@ class AdamWShard:
 
     uint8 moments are for parameters whose `row` is a multiple of 256, so that no scale belongs to two ranks; give the
     others, a handful of vectors mostly, bf16. Decayed and undecayed parameters are two calls of `adamw_` with the same
-    step. In a checkpoint each tensor here, seen as [local rows, row] (scales [local rows, row / 256]), is divided as the
-    parameter is. Load into them with copy_: a shard keeps its tensors for good.
+    step. In a checkpoint each tensor here, seen as [local rows, row], is divided as the parameter is, and so is a scale
+    as [local rows, row / 256]. Load into them with copy_: a shard keeps its tensors for good.
 
     Raises:
         ValueError: naming the tensor that does not fit.
