@@ -130,9 +130,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. schedule.lr=1e-5")] = None,
 ) -> None:
     """Continual pre-training by a recipe; resumes where it was. The same as `python -m steep.engine` (for torchrun)."""
-    from ..engine.trainer import train as run
+    from ..engine.__main__ import main as run
 
-    run(recipe, overrides or [])
+    run([str(recipe), *(overrides or [])])
 
 
 @app.command()
