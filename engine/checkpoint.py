@@ -274,9 +274,10 @@ def verify_checksums(path: Path) -> list[str]:
     with SafetensorsFolder(path) as source:
         staging = Staging(torch.device("cpu"), _CELL_BYTES)
         for name in source.names:
+            count = source.numel(name)
             try:
-                for lo in range(0, source.numel(name), _CELL):
-                    _read_cell(source, checksums.get(name, ""), name, lo // _CELL, staging)
+                for cell in source.read_ahead((name, lo, min(lo + _CELL, count)) for lo in range(0, count, _CELL)):
+                    _read_cell(source, checksums.get(name, ""), *cell, staging)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
     return problems
@@ -329,24 +330,27 @@ def _check_entries(path: Path, source: SafetensorsFolder, state: Mapping[str, Te
 
 @torch.no_grad()
 def _read(source: SafetensorsFolder, checksums: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    shards = {name: local_shard(state[name]) for name in source.names}
+    cells = []
+    for name, shard in shards.items():
+        if shard.values.numel():
+            begins = range(shard.first - shard.first % _CELL, shard.last, _CELL)
+            cells += [(name, lo, min(lo + _CELL, shard.total)) for lo in begins]
     staging: Staging | None = None
-    for name in source.names:
-        shard = local_shard(state[name])
-        if staging is None or staging.device != shard.values.device:
-            staging = Staging(shard.values.device, _CELL_BYTES)
-        for lo in range(shard.first - shard.first % _CELL, shard.last, _CELL):
-            first, part = shard.part_of(lo, lo + _CELL)
-            if part.numel():
-                values = _read_cell(source, checksums.get(name, ""), name, lo // _CELL, staging)
-                part.copy_(values[first : first + part.numel()], non_blocking=True)
-                staging.mark()
+    for name, lo, hi in source.read_ahead(cells):
+        first, part = shards[name].part_of(lo, hi)
+        if staging is None or staging.device != part.device:
+            staging = Staging(part.device, _CELL_BYTES)
+        values = _read_cell(source, checksums.get(name, ""), name, lo, hi, staging)
+        part.copy_(values[first : first + part.numel()], non_blocking=True)
+        staging.mark()
 
 
-def _read_cell(source: SafetensorsFolder, checksums: str, name: str, cell: int, staging: Staging) -> Tensor:
-    """A whole cell in a buffer of `staging`, verified."""
-    lo, hi = cell * _CELL, min((cell + 1) * _CELL, source.numel(name))
+def _read_cell(source: SafetensorsFolder, checksums: str, name: str, lo: int, hi: int, staging: Staging) -> Tensor:
+    """A whole cell, the elements [lo, hi), in a buffer of `staging`, verified."""
     values = source.read_into(name, lo, staging.next_buffer(hi - lo, source.dtype(name)))
-    found, expected = f"{zlib.crc32(bytes_of(values)):08x}", checksums[8 * cell : 8 * cell + 8]
+    digit = 8 * (lo // _CELL)
+    found, expected = f"{zlib.crc32(bytes_of(values)):08x}", checksums[digit : digit + 8]
     if found != expected:
         raise DamagedCheckpoint(
             f"{source.file_of(name)}: elements [{lo}, {hi}) of {name} have CRC-32 {found}, were written with {expected}"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from steep.engine import weights
 from steep.engine.config import ModelConfig
