@@ -28,7 +28,7 @@ from .safetensors_io import SafetensorsFolder, SafetensorsWriter, TensorSpec, by
 from .shards import local_shard
 from .staging import HostMemory, Staging
 
-_KIND = "checkpoint"
+KIND = "checkpoint"
 _SHARD_BYTES = 4 << 30
 _CELL = 1 << 20  # elements of a tensor that have a checksum of their own, and are read and written at a time
 _CELL_BYTES = _CELL * 8  # of the widest dtype
@@ -60,7 +60,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """Step, cursor and fingerprints as given to `save`."""
-    return read_manifest(path, _KIND)["config"]
+    return read_manifest(path, KIND)["config"]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -205,7 +205,7 @@ class CheckpointWriter:
                 }
                 checksums = _join_sums(specs, [entry for entries, _ in of_all for entry in entries])
                 config = {**progress, "step": step}
-                write_manifest(folder, make_manifest(_KIND, config=config, figures=figures, checksums=checksums))
+                write_manifest(folder, make_manifest(KIND, config=config, figures=figures, checksums=checksums))
         with ranks.together():
             if ranks.rank == 0:
                 self._thin_out(step)
@@ -215,7 +215,7 @@ class CheckpointWriter:
         latest = checkpoint_path(self.folder, step)
         whole = [path for path in list_checkpoints(self.folder) if path.name <= latest.name]
         kept = whole[: self.keep]
-        kept += [path for path in whole if read_manifest(path, _KIND)["figures"]["healthy"]][:1]
+        kept += [path for path in whole if read_manifest(path, KIND)["figures"]["healthy"]][:1]
         for path in whole:
             if path not in kept:
                 _delete(path)
@@ -237,7 +237,7 @@ def load_state(path: Path, state: Mapping[str, Tensor], ranks: Ranks | None = No
     with contextlib.ExitStack() as stack:
         with ranks.together(), _damage_named(path):
             source = stack.enter_context(SafetensorsFolder(path))
-            checksums: dict[str, str] = read_manifest(path, _KIND)["checksums"]
+            checksums: dict[str, str] = read_manifest(path, KIND)["checksums"]
         with ranks.together():
             _check_entries(path, source, state)
         with ranks.together(), _damage_named(path):
@@ -269,7 +269,7 @@ def load_newest(folder: Path, state: Mapping[str, Tensor], ranks: Ranks | None =
 
 def verify_checksums(path: Path) -> list[str]:
     """What of a checkpoint does not have the checksums it was written with: a line for each tensor."""
-    checksums = read_manifest(path, _KIND)["checksums"]
+    checksums = read_manifest(path, KIND)["checksums"]
     problems = []
     with SafetensorsFolder(path) as source:
         staging = Staging(torch.device("cpu"), _CELL_BYTES)
@@ -378,7 +378,7 @@ def _is_finite(values: Tensor) -> bool:
 
 def _is_whole(path: Path) -> bool:
     try:
-        manifest = read_manifest(path, _KIND)
+        manifest = read_manifest(path, KIND)
         files = manifest["figures"]["files"]
         return "checksums" in manifest and all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
