@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..data.batch import IGNORE, PackedBatch
-from ..kernels import linear_cross_entropy
+from ..kernels import expert_load, load_balancing_loss
 from .config import ModelConfig
-from .model import Decoder
+from .model import Decoder, Routing
 from .optimizer import AdamW, AdamWConfig
 from .weights import export_model, load_weights
 
@@ -32,10 +32,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SourceLoss(NamedTuple):
-    """Sums over one packed batch, by data source: `nll` fp32 [S] in nats and `tokens` int64 [S], both on the device."""
+    """Sums over one packed batch, by data source: `nll` fp32 [S] in nats and `tokens` int64 [S], both on the device.
+
+    `expert_load` int64 [layers, experts], on the device: tokens that each expert read, padding not counted; None for a
+    dense model.
+    """
 
     nll: Tensor
     tokens: Tensor
+    expert_load: Tensor | None = None
 
 
 class Engine:
@@ -61,6 +66,8 @@ class Engine:
         self.decoder = decoder
         self.config: ModelConfig = decoder.config
         self.source_folder = source_folder
+        # of the load-balancing loss, as transformers would train this model; set it for another
+        self.router_aux_loss_coef = self.config.router_aux_loss_coef if self.config.output_router_logits else 0.0
         self.optimizer = AdamW(decoder.named_parameters(), optimizer or AdamWConfig())
         self.device = self.optimizer.device
         if accumulate_in_fp32:
@@ -90,7 +97,8 @@ class Engine:
         return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, source_folder=path)
 
     def forward_backward(self, batch: PackedBatch, num_valid: int, num_sources: int = 1) -> SourceLoss:
-        """Add the gradient of sum(nll) / num_valid over one packed batch.
+        """Add the gradient of sum(nll) / num_valid over one packed batch, and of a mixture's load-balancing loss times
+        `router_aux_loss_coef` and the batch's share of num_valid.
 
         Args:
             batch: packed documents, as numpy arrays on the host.
@@ -116,20 +124,41 @@ class Engine:
         source_T = np.repeat(batch.source_ids, np.diff(batch.cu_seqlens))
         tokens_S = np.bincount(source_T[batch.labels != IGNORE], minlength=num_sources)
 
+        routing: list[Routing] = []
         hidden_TD = self.decoder(
-            self._to_device(batch.tokens),
-            self._to_device(batch.positions),
-            self._to_device(batch.cu_seqlens),
+            *(self._to_device(array) for array in (batch.tokens, batch.positions, batch.cu_seqlens)),
             batch.max_seqlen,
+            routing=routing,
         )
         scale = torch.full((), 1.0 / num_valid, dtype=torch.float32, device=self.device)
-        loss, nll_T = linear_cross_entropy(
-            hidden_TD, self.decoder.head_weight, self._to_device(batch.labels), scale=scale, ignore_index=IGNORE
+        loss, nll_T = self.decoder.loss(
+            hidden_TD, self._to_device(batch.labels), scale=scale, ignore_index=IGNORE, num_valid=batch.num_valid
         )
         # A masked sum for each source, not index_add: on a GPU that adds in an order that changes from run to run.
-        is_source_ST = self._to_device(source_T) == torch.arange(num_sources, device=self.device)[:, None]
+        of_source_T = self._to_device(source_T)
+        is_source_ST = of_source_T == torch.arange(num_sources, device=self.device)[:, None]
         nll_S = torch.where(is_source_ST, nll_T, 0.0).sum(dim=1)
-        return loss, SourceLoss(nll_S, self._to_device(tokens_S))
+        load_LE = None
+        if self.config.num_local_experts is not None:
+            aux_loss, load_LE = self._balance(routing, of_source_T >= 0)
+            if batch.num_valid:
+                loss = loss + aux_loss * (batch.num_valid / num_valid)
+        return loss, SourceLoss(nll_S, self._to_device(tokens_S), load_LE)
+
+    def _balance(self, routing: list[Routing], is_text_T: Tensor) -> tuple[Tensor | float, Tensor]:
+        """(weighted load-balancing loss of a mixture of experts, tokens per layer and expert), without padding."""
+        experts, active = self.config.num_local_experts, self.config.num_experts_per_tok
+        assert experts is not None
+        assert active is not None
+        assert len(routing) == self.config.num_hidden_layers
+        load_LE = torch.stack(
+            [expert_load(torch.where(is_text_T[:, None], chosen_TA, experts), experts) for _, chosen_TA in routing]
+        )
+        coefficient = self.router_aux_loss_coef
+        if coefficient == 0:
+            return 0.0, load_LE.long()
+        logits = [logits_TE for logits_TE, _ in routing]
+        return coefficient * load_balancing_loss(logits, active, mask=is_text_T), load_LE.long()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -45,15 +45,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def training_flops(config: ModelConfig, document_lengths: np.ndarray) -> float:
     """Floating-point operations of one forward and backward over packed documents of these lengths.
 
-    6 per weight of a matrix product and token (head included, embedding look-up not), and 12 per head dimension and
-    pair of positions that attention really computes: within a document, causal, within the layer's window. So padding,
-    masked-out pairs and recomputation do not count as useful work.
+    6 per weight of a matrix product and token (head included, embedding look-up not; of a mixture the router and the
+    experts that a token goes to), and 12 per head dimension and pair of positions that attention really computes:
+    within a document, causal, within the layer's window. So padding, masked-out pairs and recomputation do not count as
+    useful work.
     """
     lengths = document_lengths.astype(np.float64)
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    layer_weights = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
+    experts, active = config.num_local_experts or 0, config.num_experts_per_tok or 1
+    layer_weights = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner * active + hidden * experts
     weights = config.num_hidden_layers * layer_weights + hidden * config.vocab_size
     pairs = 0.0
     for window in config.layer_windows:

@@ -33,8 +33,18 @@ from .staging import Staging
 
 CHUNK_ELEMENTS = 4 << 20  # 16 MB of fp32
 LOADABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Our name of a layer's module -> Hugging Face's, where the two hold the same tensors.
+_RENAMED = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "down": "mlp.down_proj",
+}
 # Tensors that older transformers stored beside the weights and that are functions of config.json.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_STACKED = ".mlp.experts.gate_up_proj"  # in a folder whose experts are stacked
 # What belongs to a model besides its weights. Not README.md: a model card speaks of the weights it was written for.
 CARRIED = (
     *("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "vocab.json"),
@@ -56,21 +66,12 @@ class Placement:
         return math.prod(self.shape)
 
 
-def hf_tensors(decoder: Decoder) -> dict[str, Placement]:
-    """{Hugging Face tensor name: Placement} of all weights; every parameter is covered exactly, once."""
-    config = decoder.config
-    attended, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    qkv = {"self_attn.q_proj": attended, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-    gate_up = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), config.intermediate_size)
-    fused = {"qkv": qkv, "gate_up": gate_up}
-    renamed = {
-        "input_norm": "input_layernorm",
-        "post_norm": "post_attention_layernorm",
-        "o": "self_attn.o_proj",
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-        "down": "mlp.down_proj",
-    }
+def hf_tensors(decoder: Decoder, stacked_experts: bool = False) -> dict[str, Placement]:
+    """{Hugging Face tensor name: Placement} of all weights; every parameter is covered exactly, once.
+
+    A mixture's experts have a tensor for each matrix (w1 gate, w3 up, w2 down) in released models and in what
+    transformers writes, or with `stacked_experts` two for all of them, as transformers 5 holds them in memory.
+    """
     tensors: dict[str, Placement] = {}
     for name, parameter in decoder.named_parameters():
         shape = tuple(parameter.shape)
@@ -79,12 +80,38 @@ def hf_tensors(decoder: Decoder) -> dict[str, Placement]:
             continue
         _, index, module, kind = name.split(".")  # layers.3.qkv.bias
         offset = 0
-        for part, rows in (fused[module] if module in fused else {renamed[module]: shape[0]}).items():
-            placement = Placement(name, offset, (rows, *shape[1:]))
-            tensors[f"model.layers.{index}.{part}.{kind}"] = placement
+        for part, part_shape in _parts(decoder.config, module, kind, shape, stacked_experts):
+            tensors[f"model.layers.{index}.{part}"] = placement = Placement(name, offset, part_shape)
             offset += placement.numel
         assert offset == parameter.numel(), f"{name}: {offset} of {parameter.numel()} elements placed"
     return tensors
+
+
+def _parts(
+    config: ModelConfig, module: str, kind: str, shape: tuple[int, ...], stacked_experts: bool
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Names within the layer, and shapes, of the tensors that lie end to end in the parameter `module.kind`."""
+    hidden, width, experts = config.hidden_size, config.intermediate_size, config.num_local_experts or 0
+    match module, kind:
+        case "experts", "gate_up" if stacked_experts:
+            return [("mlp.experts.gate_up_proj", (experts, 2 * width, hidden))]
+        case "experts", "down" if stacked_experts:
+            return [("mlp.experts.down_proj", (experts, hidden, width))]
+        case "experts", "gate_up":
+            names = [f"block_sparse_moe.experts.{e}.{matrix}.weight" for e in range(experts) for matrix in ("w1", "w3")]
+            return [(name, (width, hidden)) for name in names]
+        case "experts", "down":
+            return [(f"block_sparse_moe.experts.{e}.w2.weight", (hidden, width)) for e in range(experts)]
+        case "qkv", _:
+            queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+            rows = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+        case "gate_up", _:
+            rows = {"mlp.gate_proj": width, "mlp.up_proj": width}
+        case "router", _:
+            rows = {"mlp.gate" if stacked_experts else "block_sparse_moe.gate": experts}
+        case _:
+            rows = {_RENAMED[module]: shape[0]}
+    return [(f"{part}.{kind}", (n, *shape[1:])) for part, n in rows.items()]
 
 
 def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Placement]:
@@ -95,7 +122,7 @@ def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Plac
     Raises:
         ValueError: naming the folder and the tensors that are missing, unexpected, or of another shape or dtype.
     """
-    wanted = hf_tensors(decoder)
+    wanted = hf_tensors(decoder, stacked_experts=any(name.endswith(_STACKED) for name in folder.names))
     if decoder.lm_head is None and "lm_head.weight" in folder:
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
     present = [name for name in folder.names if name in wanted or not _COMPUTED.search(name)]

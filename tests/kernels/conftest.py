@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pkgutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import steep.kernels
 from tests.kernels.kernel_checks import kernel_module
+
+
+def run_ranks(function: Callable, folder: Path) -> None:
+    """function(rank, folder) in two processes, forked off one that has imported what the tests need and computed
+    nothing: the imports, which take longer than the tests, are paid once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "tests.kernels.test_trainers", "tests.kernels.test_lm_head"])
+    torch.multiprocessing.start_processes(function, (str(folder),), nprocs=2, start_method="forkserver")
 
 
 def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
