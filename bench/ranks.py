@@ -1,6 +1,6 @@
 """What sharding costs on a CPU: processes that train one model together over gloo, against as many that train alone.
 
-Both kinds run the same packed batches of a model of SmolLM2-135M's shape (or another folder), one torch thread each, all
+Both kinds run the same packed batches of a model of the shape of SmolLM2-135M (or another folder), one thread each, all
 processes at once; fp32 weights, AdamW, gradients clipped at 1. The difference is what FSDP2 gathers, sums and frees.
 Writes to a temporary folder only.
 """
@@ -20,7 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from .train import BETAS, LR, MAX_GRAD_NORM, WEIGHT_DECAY, _pack, _packed_batch, _random_documents, _random_model, _steps
+from .train import (
+    BETAS,
+    LR,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    _pack,
+    _packed_batch,
+    _random_documents,
+    _random_model,
+    _steps,
+)
 
 
 def run(

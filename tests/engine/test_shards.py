@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from steep.engine.shards import LocalShard, local_shard
-from tests.engine.processes import meshes, process_group, run_ranks
+from tests.processes import meshes, process_group, run_ranks
 
 SHAPES = [(7, 3), (8, 2), (3, 5), (1, 4), (2,), (9,), (5, 2, 3), (4, 0)]
 
