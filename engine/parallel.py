@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ def shard_decoder(decoder: Decoder, mesh: DeviceMesh, config: ParallelConfig) ->
         fully_shard(decoder.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(decoder, mesh=mesh, mp_policy=policy)
 
-    order = [*layers, *filter(None, [decoder.lm_head])]
+    order: list[Any] = [*layers, *filter(None, [decoder.lm_head])]
     for before, after in zip(order, order[1:]):
         before.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([before])
@@ -129,14 +129,16 @@ def shard_decoder(decoder: Decoder, mesh: DeviceMesh, config: ParallelConfig) ->
 
 def set_last_micro_batch(decoder: Decoder, last: bool) -> None:
     """For `reduce_every: step`: gradients and gathered weights stay on the rank until the last micro batch."""
-    if hasattr(decoder, "set_requires_gradient_sync"):  # an FSDPModule
-        decoder.set_is_last_backward(last)
-        decoder.set_requires_gradient_sync(last)
-        decoder.set_reshard_after_backward(last)
+    module: Any = decoder
+    if hasattr(module, "set_requires_gradient_sync"):  # an FSDPModule
+        module.set_is_last_backward(last)
+        module.set_requires_gradient_sync(last)
+        module.set_reshard_after_backward(last)
 
 
 def reshard(decoder: Decoder) -> None:
     """Free all gathered weights: after a forward without a backward they would stay, and go stale."""
+    module: Any
     for module in decoder.modules():
         if hasattr(module, "reshard"):
             module.reshard()
