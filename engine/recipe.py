@@ -47,11 +47,12 @@ class ValidationConfig(_Section):
 
 class CheckpointConfig(_Section):
     """every: steps between checkpoints; keep: how many are kept, the newest healthy one in any case. background: copy
-    the state to host memory and write it while training goes on; off: no memory for a copy, and training waits."""
+    the state to host memory and write it while training goes on; false: no memory for a copy, and training waits; null:
+    true on a GPU, false on a CPU, whose memory holds the state already."""
 
     every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
-    background: bool = True
+    background: bool | None = None
 
 
 class ExportConfig(_Section):

@@ -144,11 +144,12 @@ class Trainer:
             self.console.print(f"{out}: this run is finished")
             return read_manifest(out, _KIND)
 
+        background = recipe.checkpoint.background
         self.checkpoints = CheckpointWriter(
             out / "checkpoints",
             recipe.checkpoint.keep,
             Ranks.world() if self.world_size > 1 else None,  # a group of its own, used from a thread
-            background=recipe.checkpoint.background,
+            background=self.device.type == "cuda" if background is None else background,
             parallel_write=recipe.export.parallel_write,
         )
         self.engine = Engine.load(
