@@ -127,7 +127,7 @@ def test_killed_at_thirty_moments_the_run_is_the_same_to_the_bit(root, reference
     """SIGKILL, again and again: wherever the process is, and while a checkpoint or an export is half-written;
     then to the end. Processes are forked from a server that has imported everything, so a kill costs a second."""
     out = root / "out"
-    values = make_recipe(root, checkpoint={"every": 1, "keep": 2}, export={"every": 2})
+    values = make_recipe(root, checkpoint={"every": 1, "keep": 2, "background": True}, export={"every": 2})
     moments, hits = random.Random(4), 0
     for kill in range(30):
         process = forkserver().Process(target=train_quietly, args=(values,))
