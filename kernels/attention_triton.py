@@ -249,9 +249,9 @@ def _dkv_steps(
 ):  # fmt: skip
     """`count` query blocks from `first` on, of each query head in turn; `skip` queries are left out at `edge`."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    for i in range(count * groups):
-        head = head_k * groups + i // count
-        m0 = first + i % count * BLOCK_M
+    head, block = head_k * groups, 0
+    for _ in range(count * groups):
+        m0 = first + block * BLOCK_M
         if MASKED:
             m0 += tl.where(m0 < edge, 0, skip)
         m = m0 + tl.arange(0, BLOCK_M)
@@ -270,6 +270,9 @@ def _dkv_steps(
         delta = tl.load(DELTA + row + m, m < queries, 0.0) if MASKED else tl.load(DELTA + row + m)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(operand(ds, Q.dtype, INTERPRET), q, dk, input_precision=PRECISION)
+        block += 1
+        head += tl.where(block == count, 1, 0)
+        block = tl.where(block == count, 0, block)
     return dk, dv
 
 
