@@ -101,6 +101,15 @@ def _store(
 
 
 @kernel
+def _products(a, b, PRECISION: tl.constexpr):
+    """a @ b.T, sums over head_dim."""
+    if PRECISION == "ieee":  # without tensor cores tl.dot would hold two whole rows in the registers of a thread
+        return tl.sum(a[:, None, :] * b[None, :, :], 2)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@kernel
 def _visible(last, key, window):
     """Whether a query whose last key is `last` sees `key`: 0 <= last - key, and last - key < window, in one test."""
     return (last - key).to(tl.uint32, bitcast=True) < window
@@ -132,7 +141,7 @@ def _attend(
             n0 += tl.where(n0 < edge, 0, skip)
         k = _rows(K, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
         v = _rows(V, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = _products(q, k, PRECISION)
         if MASKED:
             n = n0 + tl.arange(0, BLOCK_N)
             s = tl.where(_visible(last[:, None], n[None, :], window), s, float("-inf"))
@@ -196,8 +205,8 @@ def _dq_steps(
             n0 += tl.where(n0 < edge, 0, skip)
         k = _rows(K, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
         v = _rows(V, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        s = _products(q, k, PRECISION)
+        dp = _products(do, v, PRECISION)
         ds = tl.exp2(s * scale_log2 - lse[:, None]) * (dp - delta[:, None])
         if MASKED:
             n = n0 + tl.arange(0, BLOCK_N)
@@ -260,13 +269,13 @@ def _dkv_steps(
         do = _rows(DO, q0 + m0, head, BLOCK_M, BLOCK_D, INTERPRET)
         lse = tl.load(LSE + row + m, m < queries, float("inf")) if MASKED else tl.load(LSE + row + m)
         # Transposed tiles [keys, queries]: p and ds are then left operands, straight from registers.
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        s = _products(k, q, PRECISION)
         p = tl.exp2(s * scale_log2 - (lse * LOG2E)[None, :])
         if MASKED:
             n = begin + tl.arange(0, BLOCK_N)
             p = tl.where(_visible(m[None, :], n[:, None], window), p, 0.0)
         dv = tl.dot(operand(p, Q.dtype, INTERPRET), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = _products(v, do, PRECISION)
         delta = tl.load(DELTA + row + m, m < queries, 0.0) if MASKED else tl.load(DELTA + row + m)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(operand(ds, Q.dtype, INTERPRET), q, dk, input_precision=PRECISION)
@@ -316,13 +325,14 @@ def _dkv_kernel(
 
 def tile_sizes(which: str, q: torch.Tensor) -> dict[str, int]:
     """Tiles of the "forward", "dq" or "dkv" kernel: on Hopper the largest that compile without a spill
-    (tests/kernels/test_compile.py reads that off the machine code). fp32 is there for comparisons and is not tuned."""
+    (tests/kernels/test_compile.py reads that off the machine code), with triton 3.6 to 3.9 alike. fp32 is there for
+    comparisons and is not tuned."""
     head_dim = q.shape[2]
     shared = 227 * 1024
     if q.is_cuda:
         shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     if q.dtype == torch.float32:
-        tiles = {"forward": (16, 16, 8, 2), "dq": (16, 16, 8, 2), "dkv": (16, 16, 8, 2)}
+        tiles = {"forward": (8, 16, 8, 2), "dq": (8, 16, 8, 2), "dkv": (16, 8, 8, 2)}
     elif shared < 227 * 1024:
         tiles = {"forward": (64, 32, 8, 2), "dq": (32, 32, 8, 1), "dkv": (32, 32, 8, 1)}
     elif head_dim <= 64:
@@ -330,7 +340,7 @@ def tile_sizes(which: str, q: torch.Tensor) -> dict[str, int]:
     elif head_dim <= 128:
         tiles = {"forward": (128, 128, 8, 3), "dq": (128, 128, 8, 2), "dkv": (64, 128, 8, 2)}
     else:
-        tiles = {"forward": (128, 64, 8, 2), "dq": (64, 64, 8, 2), "dkv": (16, 64, 8, 2)}
+        tiles = {"forward": (128, 32, 8, 3), "dq": (64, 64, 8, 2), "dkv": (16, 64, 8, 2)}
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles[which]))
 
 
