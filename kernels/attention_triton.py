@@ -76,11 +76,11 @@ def _tile(TABLE, tile):
 
 
 @kernel
-def _query_tile(tiles, groups):
-    """(tile, head) of this program: the heads of a kv head side by side, the last tiles, which see most keys, first."""
-    program = tl.program_id(0)
-    head = program // (tiles * groups) * groups + program % groups
-    return tiles - 1 - program % (tiles * groups) // groups, head
+def _query_tile(groups):
+    """(tile, head, head of k) of this program: the heads of a kv head side by side, the last tiles, which see most
+    keys, first."""
+    program, head_k = tl.program_id(0), tl.program_id(1)
+    return tl.num_programs(0) // groups - 1 - program // groups, head_k * groups + program % groups, head_k
 
 
 @kernel
@@ -160,15 +160,15 @@ def _attend(
 
 @kernel
 def _forward_kernel(
-    OUT, LSE, Q, K, V, TABLE, tiles, heads, groups, total, scale, window,
+    OUT, LSE, Q, K, V, TABLE, heads, groups, total, scale, window,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
-    tile, head = _query_tile(tiles, groups)
+    tile, head, head_k = _query_tile(groups)
     row, rows, last, k0, keys = _tile(TABLE, tile)
     if rows > 0:
-        head_k, scale_log2 = head // groups, scale * LOG2E
+        scale_log2 = scale * LOG2E
         i = tl.arange(0, BLOCK_M)
         q = _rows(Q, row, head, BLOCK_M, BLOCK_D, INTERPRET)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -217,16 +217,16 @@ def _dq_steps(
 
 @kernel
 def _dq_kernel(
-    DQ, DELTA, Q, K, V, OUT, DO, LSE, TABLE, tiles, heads, groups, total, scale, window,
+    DQ, DELTA, Q, K, V, OUT, DO, LSE, TABLE, heads, groups, total, scale, window,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the next kernel."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    tile, head = _query_tile(tiles, groups)
+    tile, head, head_k = _query_tile(groups)
     row, rows, last, k0, keys = _tile(TABLE, tile)
     if rows > 0:
-        head_k, scale_log2 = head // groups, scale * LOG2E
+        scale_log2 = scale * LOG2E
         i = tl.arange(0, BLOCK_M)
         q = _rows(Q, row, head, BLOCK_M, BLOCK_D, INTERPRET)
         do = _rows(DO, row, head, BLOCK_M, BLOCK_D, INTERPRET)
@@ -287,14 +287,14 @@ def _dkv_steps(
 
 @kernel
 def _dkv_kernel(
-    DK, DV, Q, K, V, DO, LSE, DELTA, TABLE, tiles, heads_k, groups, total, scale, window,
+    DK, DV, Q, K, V, DO, LSE, DELTA, TABLE, heads_k, groups, total, scale, window,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one kv head: its group of query heads is walked in order, so the sum over it is fixed."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    head_k = tl.program_id(0) // tiles
-    row, rows, begin, q0, queries = _tile(TABLE, tl.program_id(0) % tiles)
+    head_k = tl.program_id(1)
+    row, rows, begin, q0, queries = _tile(TABLE, tl.program_id(0))
     if rows > 0:
         scale_log2 = scale * LOG2E
         k = _rows(K, row, head_k, BLOCK_N, BLOCK_D, INTERPRET)
@@ -386,10 +386,10 @@ def attention_triton(
     q, k, v = map(_readable, (q, k, v))
     table = _tile_table(cu_seqlens_q, cu_seqlens_k, rows, tiles["BLOCK_M"])
     launch(
-        _forward_kernel, (table.shape[0] * heads,), o, lse,
+        _forward_kernel, (table.shape[0] * groups, heads // groups), o, lse,
         _descriptor(q, tiles["BLOCK_M"], options["BLOCK_D"]),
         *(_descriptor(x, tiles["BLOCK_N"], options["BLOCK_D"]) for x in (k, v)),
-        table, table.shape[0], heads, groups, rows, scale, min(window or _UNLIMITED, _UNLIMITED), **tiles, **options,
+        table, heads, groups, rows, scale, min(window or _UNLIMITED, _UNLIMITED), **tiles, **options,
     )  # fmt: skip
     return o, lse
 
@@ -399,6 +399,7 @@ def attention_backward_triton(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, window: int | None, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     rows, heads, heads_k = q.shape[0], q.shape[1], k.shape[1]
+    groups = heads // heads_k
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not rows:
         return dq, dk.zero_(), dv.zero_()
@@ -410,17 +411,17 @@ def attention_backward_triton(
     table = _tile_table(cu_seqlens_q, cu_seqlens_k, rows, tiles["BLOCK_M"])
     q_d, o_d, do_d = (_descriptor(x, tiles["BLOCK_M"], block_d) for x in (q, o, do))
     k_d, v_d = (_descriptor(x, tiles["BLOCK_N"], block_d) for x in (k, v))
-    sizes = (heads // heads_k, rows, scale, min(window or _UNLIMITED, _UNLIMITED))
+    sizes = (groups, rows, scale, min(window or _UNLIMITED, _UNLIMITED))
     launch(
-        _dq_kernel, (table.shape[0] * heads,), dq, delta, q_d, k_d, v_d, o_d, do_d, lse,
-        table, table.shape[0], heads, *sizes, **tiles, **options,
+        _dq_kernel, (table.shape[0] * groups, heads_k), dq, delta, q_d, k_d, v_d, o_d, do_d, lse,
+        table, heads, *sizes, **tiles, **options,
     )  # fmt: skip
 
     table = _tile_table(cu_seqlens_k, cu_seqlens_q, k.shape[0], dkv_tiles["BLOCK_N"])
     q_d, do_d = (_descriptor(x, dkv_tiles["BLOCK_M"], block_d) for x in (q, do))
     k_d, v_d = (_descriptor(x, dkv_tiles["BLOCK_N"], block_d) for x in (k, v))
     launch(
-        _dkv_kernel, (table.shape[0] * heads_k,), dk, dv, q_d, k_d, v_d, do_d, lse, delta,
-        table, table.shape[0], heads_k, *sizes, **dkv_tiles, **options,
+        _dkv_kernel, (table.shape[0], heads_k), dk, dv, q_d, k_d, v_d, do_d, lse, delta,
+        table, heads_k, *sizes, **dkv_tiles, **options,
     )  # fmt: skip
     return dq, dk, dv
