@@ -135,7 +135,7 @@ def linear_cross_entropy() -> Iterator[Case]:
 def attention() -> Iterator[Case]:
     shapes = [(head_dim, torch.bfloat16, None) for head_dim in (*HEAD_DIM, 256)]
     windows = [(head_dim, torch.bfloat16, 4096) for head_dim in (64, 128)]
-    for head_dim, dtype, window in [*shapes, *windows, (64, FP32, None)]:
+    for head_dim, dtype, window in [*shapes, *windows, (128, FP32, None)]:
         q, k = meta(8192, 32, head_dim, dtype=dtype), meta(8192, 8, head_dim, dtype=dtype)
         cu, lse = meta(33, dtype=INT32), meta(32, 8192, dtype=FP32)
         documents = cu, cu, window, 0.1

@@ -106,7 +106,8 @@ def _cache_folder() -> Iterator[Path | None]:
 
 
 def _digest(*parts: str) -> str:
-    sources = (Path(__file__).with_name(name) for name in ("attention.py", "attention_triton.py", Path(__file__).name))
+    names = ("attention.py", "attention_triton.py", "_triton.py", Path(__file__).name)
+    sources = (Path(__file__).with_name(name) for name in names)
     return hashlib.sha256("\0".join([*parts, *map(Path.read_text, sources)]).encode()).hexdigest()[:16]
 
 

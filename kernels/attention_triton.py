@@ -23,56 +23,64 @@ import torch.nn.functional as F
 
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, operand, tl
 
+_UNLIMITED = 1 << 30  # as a window: no document is as long, and no sum of it and a row exceeds an int32
+
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
 @kernel
 def _tile_table_kernel(
-    CU, TABLE, documents, tiles, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr
+    CU, CU_OTHER, TABLE, documents, tiles, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """Program d writes (d, first row within it) per tile of document d; the last one (0, -1) where no tile is left."""
+    """Program d writes the tiles of document d; the last one zeros where no tile is left."""
     doc = tl.program_id(0)
     earlier = tl.arange(0, BLOCK_N)
     mask = earlier < doc
     lengths = tl.load(CU + earlier + 1, mask, 0) - tl.load(CU + earlier, mask, 0)
     tile = tl.sum((lengths + BLOCK - 1) // BLOCK, 0)
     if doc < documents:
-        for start in range(0, tl.load(CU + doc + 1) - tl.load(CU + doc), BLOCK):
-            tl.store(TABLE + 2 * tile, doc)
-            tl.store(TABLE + 2 * tile + 1, start)
+        row, other = tl.load(CU + doc), tl.load(CU_OTHER + doc)
+        rows, others = tl.load(CU + doc + 1) - row, tl.load(CU_OTHER + doc + 1) - other
+        for start in range(0, rows, BLOCK):
+            entry = TABLE + 5 * tile
+            tl.store(entry, row + start)
+            tl.store(entry + 1, rows - start)
+            tl.store(entry + 2, start + others - rows)
+            tl.store(entry + 3, other)
+            tl.store(entry + 4, others)
             tile += 1
     else:
         for unused in range(tile, tiles):
-            tl.store(TABLE + 2 * unused, 0)
-            tl.store(TABLE + 2 * unused + 1, -1)
+            tl.store(TABLE + 5 * unused + 1, 0)
 
 
-def _tile_table(cu_seqlens: torch.Tensor, rows: int, block: int) -> torch.Tensor:
-    """int32 [rows/block + documents, 2] of (document, first row within it); first row -1: no such tile."""
+def _tile_table(cu_seqlens: torch.Tensor, cu_seqlens_other: torch.Tensor, rows: int, block: int) -> torch.Tensor:
+    """int32 [rows/block + documents, 5], what `_tile` returns of each tile of queries and, the other way, of keys."""
     documents = cu_seqlens.shape[0] - 1
     tiles = cdiv(rows, block) + documents
-    table = torch.empty((tiles, 2), dtype=torch.int32, device=cu_seqlens.device)
+    table = torch.empty((tiles, 5), dtype=torch.int32, device=cu_seqlens.device)
     launch(
-        _tile_table_kernel, (documents + 1,), cu_seqlens, table, documents, tiles,
+        _tile_table_kernel, (documents + 1,), cu_seqlens, cu_seqlens_other, table, documents, tiles,
         BLOCK=block, BLOCK_N=next_power_of_2(documents), num_warps=1,
     )  # fmt: skip
     return table
 
 
 @kernel
-def _tile(TABLE, CU_Q, CU_K, tile):
-    """First row of a tile within its document (-1: no such tile); the document's first row and length in q, in k."""
-    doc, start = tl.load(TABLE + 2 * tile), tl.load(TABLE + 2 * tile + 1)
-    q0, k0 = tl.load(CU_Q + doc), tl.load(CU_K + doc)
-    return start, q0, tl.load(CU_Q + doc + 1) - q0, k0, tl.load(CU_K + doc + 1) - k0
+def _tile(TABLE, tile):
+    """A tile of queries: its first row; rows left from there to the document's end (0: no such tile); the last key
+    that the first row sees; first row and number of the document's keys. Of keys: the first query that sees the
+    first row (below 0: all of them), and the document's queries."""
+    entry = TABLE + 5 * tile
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
 
 
 @kernel
-def _query_tile(tiles, groups):
-    """(tile, head) of this program: the heads of a kv head side by side, the last tiles, which see most keys, first."""
-    program = tl.program_id(0)
-    head = program // (tiles * groups) * groups + program % groups
-    return tiles - 1 - program % (tiles * groups) // groups, head
+def _query_tile(groups):
+    """(tile, head, head of k) of this program: the heads of a kv head side by side, the last tiles, which see most
+    keys, first."""
+    program, head_k = tl.program_id(0), tl.program_id(1)
+    return tl.num_programs(0) // groups - 1 - program // groups, head_k * groups + program % groups, head_k
 
 
 @kernel
@@ -93,26 +101,29 @@ def _store(
 
 
 @kernel
-def _visible(last, key, window, WINDOW: tl.constexpr):
-    """Whether a query whose last key is `last` sees `key`: 0 <= last - key, and last - key < window, in one test."""
-    if WINDOW:
-        return (last - key).to(tl.uint32, bitcast=True) < window
+def _products(a, b, PRECISION: tl.constexpr):
+    """a @ b.T, sums over head_dim."""
+    if PRECISION == "ieee":  # without tensor cores tl.dot would hold two whole rows in the registers of a thread
+        return tl.sum(a[:, None, :] * b[None, :, :], 2)
     else:
-        return key <= last
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
 
 @kernel
-def _key_blocks(start, shift, keys, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first, edge, full, stop): a tile of queries sees keys in [first, stop), each of its rows all in [edge, full)."""
-    stop = tl.minimum(start + BLOCK_M + shift, keys)
-    full = (start + shift + 1) // BLOCK_N * BLOCK_N
-    first, edge = 0, 0
-    if WINDOW:
-        first = tl.maximum(start + shift - window + 1, 0) // BLOCK_N * BLOCK_N
-        edge = (tl.maximum(start + BLOCK_M + shift - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-        edge = tl.minimum(edge, stop)
-        full = tl.maximum(full, edge)
-    return first, edge, full, stop
+def _visible(last, key, window):
+    """Whether a query whose last key is `last` sees `key`: 0 <= last - key, and last - key < window, in one test."""
+    return (last - key).to(tl.uint32, bitcast=True) < window
+
+
+@kernel
+def _key_blocks(last, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, edge, full, stop): a tile of queries, the first of which has `last` as its last key, sees keys in
+    [first, stop), each of its rows all in [edge, full)."""
+    first = tl.maximum(last - window + 1, 0) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(last + BLOCK_M, keys)
+    edge = (tl.maximum(last + BLOCK_M - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    edge = tl.minimum(edge, stop)
+    return first, edge, tl.maximum((last + 1) // BLOCK_N * BLOCK_N, edge), stop
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -121,7 +132,7 @@ def _key_blocks(start, shift, keys, window, WINDOW: tl.constexpr, BLOCK_M: tl.co
 @kernel
 def _attend(
     acc, row_max, row_sum, q, K, V, k0, head_k, last, keys, window, scale_log2, first, stop, edge, skip,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key blocks [first, stop); `skip` keys are left out at `edge`."""
@@ -130,10 +141,10 @@ def _attend(
             n0 += tl.where(n0 < edge, 0, skip)
         k = _rows(K, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
         v = _rows(V, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = _products(q, k, PRECISION)
         if MASKED:
             n = n0 + tl.arange(0, BLOCK_N)
-            s = tl.where(_visible(last[:, None], n[None, :], window, WINDOW), s, float("-inf"))
+            s = tl.where(_visible(last[:, None], n[None, :], window), s, float("-inf"))
             v = tl.where((n < keys)[:, None], v, 0.0)  # the next document's rows: 0 * NaN would be NaN
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
         base = new_max
@@ -149,34 +160,34 @@ def _attend(
 
 @kernel
 def _forward_kernel(
-    OUT, LSE, Q, K, V, CU_Q, CU_K, TABLE, tiles, heads, groups, total, scale, window,
-    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OUT, LSE, Q, K, V, TABLE, heads, groups, total, scale, window,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
-    tile, head = _query_tile(tiles, groups)
-    start, q0, queries, k0, keys = _tile(TABLE, CU_Q, CU_K, tile)
-    if start >= 0:
-        shift, head_k, scale_log2 = keys - queries, head // groups, scale * LOG2E
-        m = start + tl.arange(0, BLOCK_M)
-        q = _rows(Q, q0 + start, head, BLOCK_M, BLOCK_D, INTERPRET)
+    tile, head, head_k = _query_tile(groups)
+    row, rows, last, k0, keys = _tile(TABLE, tile)
+    if rows > 0:
+        scale_log2 = scale * LOG2E
+        i = tl.arange(0, BLOCK_M)
+        q = _rows(Q, row, head, BLOCK_M, BLOCK_D, INTERPRET)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        first, edge, full, stop = _key_blocks(start, shift, keys, window, WINDOW, BLOCK_M, BLOCK_N)
+        first, edge, full, stop = _key_blocks(last, keys, window, BLOCK_M, BLOCK_N)
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, K, V, k0, head_k, m + shift, keys, window, scale_log2, edge, full, 0, 0,
-            WINDOW, False, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            acc, row_max, row_sum, q, K, V, k0, head_k, last + i, keys, window, scale_log2, edge, full, 0, 0,
+            False, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
         )  # fmt: skip
         skip = full - edge
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, K, V, k0, head_k, m + shift, keys, window, scale_log2, first, stop - skip,
-            edge, skip, WINDOW, True, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            acc, row_max, row_sum, q, K, V, k0, head_k, last + i, keys, window, scale_log2, first, stop - skip,
+            edge, skip, True, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
         )  # fmt: skip
         o = acc * (1.0 / row_sum)[:, None]
-        _store(OUT, o, q0 + start, queries - start, head, heads, HEAD_DIM, BLOCK_M, BLOCK_D, INTERPRET)
-        lse = LSE + head.to(tl.int64) * total + q0 + m
-        tl.store(lse, (row_max + tl.log2(row_sum)) / LOG2E, m < queries)
+        _store(OUT, o, row, rows, head, heads, HEAD_DIM, BLOCK_M, BLOCK_D, INTERPRET)
+        lse = LSE + head.to(tl.int64) * total + row + i
+        tl.store(lse, (row_max + tl.log2(row_sum)) / LOG2E, i < rows)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -186,7 +197,7 @@ def _forward_kernel(
 @kernel
 def _dq_steps(
     dq, q, do, lse, delta, K, V, k0, head_k, last, window, scale_log2, first, stop, edge, skip,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     for n0 in range(first, stop, BLOCK_N):
@@ -194,122 +205,119 @@ def _dq_steps(
             n0 += tl.where(n0 < edge, 0, skip)
         k = _rows(K, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
         v = _rows(V, k0 + n0, head_k, BLOCK_N, BLOCK_D, INTERPRET)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        s = _products(q, k, PRECISION)
+        dp = _products(do, v, PRECISION)
         ds = tl.exp2(s * scale_log2 - lse[:, None]) * (dp - delta[:, None])
         if MASKED:
             n = n0 + tl.arange(0, BLOCK_N)
-            ds = tl.where(_visible(last[:, None], n[None, :], window, WINDOW), ds, 0.0)
+            ds = tl.where(_visible(last[:, None], n[None, :], window), ds, 0.0)
         dq = tl.dot(operand(ds, K.dtype, INTERPRET), k, dq, input_precision=PRECISION)
     return dq
 
 
 @kernel
 def _dq_kernel(
-    DQ, DELTA, Q, K, V, OUT, DO, LSE, CU_Q, CU_K, TABLE, tiles, heads, groups, total, scale, window,
-    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DQ, DELTA, Q, K, V, OUT, DO, LSE, TABLE, heads, groups, total, scale, window,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the next kernel."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    tile, head = _query_tile(tiles, groups)
-    start, q0, queries, k0, keys = _tile(TABLE, CU_Q, CU_K, tile)
-    if start >= 0:
-        shift, head_k, scale_log2 = keys - queries, head // groups, scale * LOG2E
-        m = start + tl.arange(0, BLOCK_M)
-        row = head.to(tl.int64) * total + q0
-        q = _rows(Q, q0 + start, head, BLOCK_M, BLOCK_D, INTERPRET)
-        do = _rows(DO, q0 + start, head, BLOCK_M, BLOCK_D, INTERPRET)
-        o = _rows(OUT, q0 + start, head, BLOCK_M, BLOCK_D, INTERPRET)
+    tile, head, head_k = _query_tile(groups)
+    row, rows, last, k0, keys = _tile(TABLE, tile)
+    if rows > 0:
+        scale_log2 = scale * LOG2E
+        i = tl.arange(0, BLOCK_M)
+        q = _rows(Q, row, head, BLOCK_M, BLOCK_D, INTERPRET)
+        do = _rows(DO, row, head, BLOCK_M, BLOCK_D, INTERPRET)
+        o = _rows(OUT, row, head, BLOCK_M, BLOCK_D, INTERPRET)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(DELTA + row + m, delta, m < queries)
-        lse = tl.load(LSE + row + m, m < queries, 0.0) * LOG2E
+        at = head.to(tl.int64) * total + row + i
+        tl.store(DELTA + at, delta, i < rows)
+        lse = tl.load(LSE + at, i < rows, 0.0) * LOG2E
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        first, edge, full, stop = _key_blocks(start, shift, keys, window, WINDOW, BLOCK_M, BLOCK_N)
+        first, edge, full, stop = _key_blocks(last, keys, window, BLOCK_M, BLOCK_N)
         dq = _dq_steps(
-            dq, q, do, lse, delta, K, V, k0, head_k, m + shift, window, scale_log2, edge, full, 0, 0,
-            WINDOW, False, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            dq, q, do, lse, delta, K, V, k0, head_k, last + i, window, scale_log2, edge, full, 0, 0,
+            False, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
         )  # fmt: skip
         skip = full - edge
         dq = _dq_steps(
-            dq, q, do, lse, delta, K, V, k0, head_k, m + shift, window, scale_log2, first, stop - skip, edge, skip,
-            WINDOW, True, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            dq, q, do, lse, delta, K, V, k0, head_k, last + i, window, scale_log2, first, stop - skip, edge, skip,
+            True, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
         )  # fmt: skip
-        _store(DQ, dq * scale, q0 + start, queries - start, head, heads, HEAD_DIM, BLOCK_M, BLOCK_D, INTERPRET)
+        _store(DQ, dq * scale, row, rows, head, heads, HEAD_DIM, BLOCK_M, BLOCK_D, INTERPRET)
 
 
 @kernel
 def _dkv_steps(
-    dk, dv, k, v, Q, DO, LSE, DELTA, q0, head_k, groups, total, start, shift, queries, window, scale_log2,
+    dk, dv, k, v, Q, DO, LSE, DELTA, q0, head_k, groups, total, begin, queries, window, scale_log2,
     first, count, edge, skip,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """`count` query blocks from `first` on, of each query head in turn; `skip` queries are left out at `edge`."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    for i in range(count * groups):
-        head = head_k * groups + i // count
-        m0 = first + i % count * BLOCK_M
+    head, block = head_k * groups, 0
+    for _ in range(count * groups):
+        m0 = first + block * BLOCK_M
         if MASKED:
             m0 += tl.where(m0 < edge, 0, skip)
         m = m0 + tl.arange(0, BLOCK_M)
         row = head.to(tl.int64) * total + q0
         q = _rows(Q, q0 + m0, head, BLOCK_M, BLOCK_D, INTERPRET)
         do = _rows(DO, q0 + m0, head, BLOCK_M, BLOCK_D, INTERPRET)
-        if MASKED:  # +inf makes p zero for rows of the next document
-            lse = tl.load(LSE + row + m, m < queries, float("inf"))
-            delta = tl.load(DELTA + row + m, m < queries, 0.0)
-        else:
-            lse, delta = tl.load(LSE + row + m), tl.load(DELTA + row + m)
+        lse = tl.load(LSE + row + m, m < queries, float("inf")) if MASKED else tl.load(LSE + row + m)
         # Transposed tiles [keys, queries]: p and ds are then left operands, straight from registers.
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        s = _products(k, q, PRECISION)
         p = tl.exp2(s * scale_log2 - (lse * LOG2E)[None, :])
         if MASKED:
-            n = start + tl.arange(0, BLOCK_N)
-            p = tl.where(_visible(m[None, :], (n - shift)[:, None], window, WINDOW), p, 0.0)
+            n = begin + tl.arange(0, BLOCK_N)
+            p = tl.where(_visible(m[None, :], n[:, None], window), p, 0.0)
         dv = tl.dot(operand(p, Q.dtype, INTERPRET), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = _products(v, do, PRECISION)
+        delta = tl.load(DELTA + row + m, m < queries, 0.0) if MASKED else tl.load(DELTA + row + m)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(operand(ds, Q.dtype, INTERPRET), q, dk, input_precision=PRECISION)
+        block += 1
+        head += tl.where(block == count, 1, 0)
+        block = tl.where(block == count, 0, block)
     return dk, dv
 
 
 @kernel
 def _dkv_kernel(
-    DK, DV, Q, K, V, DO, LSE, DELTA, CU_Q, CU_K, TABLE, tiles, heads_k, groups, total, scale, window,
-    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DK, DV, Q, K, V, DO, LSE, DELTA, TABLE, heads_k, groups, total, scale, window,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one kv head: its group of query heads is walked in order, so the sum over it is fixed."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    head_k = tl.program_id(0) // tiles
-    start, q0, queries, k0, keys = _tile(TABLE, CU_Q, CU_K, tl.program_id(0) % tiles)
-    if start >= 0:
-        shift, scale_log2 = keys - queries, scale * LOG2E
-        k = _rows(K, k0 + start, head_k, BLOCK_N, BLOCK_D, INTERPRET)
-        v = _rows(V, k0 + start, head_k, BLOCK_N, BLOCK_D, INTERPRET)
+    head_k = tl.program_id(1)
+    row, rows, begin, q0, queries = _tile(TABLE, tl.program_id(0))
+    if rows > 0:
+        scale_log2 = scale * LOG2E
+        k = _rows(K, row, head_k, BLOCK_N, BLOCK_D, INTERPRET)
+        v = _rows(V, row, head_k, BLOCK_N, BLOCK_D, INTERPRET)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        # The keys [start, start + BLOCK_N) are seen by queries in [first, stop), all of them by those in [edge, full).
-        first = tl.maximum(start - shift, 0) // BLOCK_M * BLOCK_M
-        edge = (tl.maximum(start + BLOCK_N - 1 - shift, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-        full, stop = queries, queries
-        if WINDOW:
-            full = tl.minimum(start + window - shift, queries)
-            stop = tl.minimum(start + BLOCK_N - 1 + window - shift, queries)
-        full = tl.maximum(full // BLOCK_M * BLOCK_M, edge)
+        # These keys are seen by queries in [first, stop), all of them by those in [edge, full).
+        first = tl.maximum(begin, 0) // BLOCK_M * BLOCK_M
+        edge = (tl.maximum(begin + BLOCK_N - 1, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+        full = tl.maximum(tl.minimum(begin + window, queries) // BLOCK_M * BLOCK_M, edge)
+        stop = tl.minimum(begin + BLOCK_N - 1 + window, queries)
         whole = (full - edge) // BLOCK_M
         parts = tl.maximum(stop - first + BLOCK_M - 1, 0) // BLOCK_M - whole
         dk, dv = _dkv_steps(
-            dk, dv, k, v, Q, DO, LSE, DELTA, q0, head_k, groups, total, start, shift, queries, window, scale_log2,
-            edge, whole, 0, 0, WINDOW, False, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            dk, dv, k, v, Q, DO, LSE, DELTA, q0, head_k, groups, total, begin, queries, window, scale_log2,
+            edge, whole, 0, 0, False, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
         )  # fmt: skip
         dk, dv = _dkv_steps(
-            dk, dv, k, v, Q, DO, LSE, DELTA, q0, head_k, groups, total, start, shift, queries, window, scale_log2,
-            first, parts, edge, full - edge, WINDOW, True, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            dk, dv, k, v, Q, DO, LSE, DELTA, q0, head_k, groups, total, begin, queries, window, scale_log2,
+            first, parts, edge, full - edge, True, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
         )  # fmt: skip
-        _store(DK, dk * scale, k0 + start, keys - start, head_k, heads_k, HEAD_DIM, BLOCK_N, BLOCK_D, INTERPRET)
-        _store(DV, dv, k0 + start, keys - start, head_k, heads_k, HEAD_DIM, BLOCK_N, BLOCK_D, INTERPRET)
+        _store(DK, dk * scale, row, rows, head_k, heads_k, HEAD_DIM, BLOCK_N, BLOCK_D, INTERPRET)
+        _store(DV, dv, row, rows, head_k, heads_k, HEAD_DIM, BLOCK_N, BLOCK_D, INTERPRET)
 
 
 # --- host ------------------------------------------------------------------------------------------------------------
@@ -317,21 +325,23 @@ def _dkv_kernel(
 
 def tile_sizes(which: str, q: torch.Tensor) -> dict[str, int]:
     """Tiles of the "forward", "dq" or "dkv" kernel: on Hopper the largest that compile without a spill
-    (tests/kernels/test_compile.py reads that off the machine code). fp32 is there for comparisons and is not tuned."""
+    (tests/kernels/test_compile.py reads that off the machine code), with triton 3.6 to 3.9 alike. fp32 is there for
+    comparisons and is not tuned."""
     head_dim = q.shape[2]
     shared = 227 * 1024
     if q.is_cuda:
         shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     if q.dtype == torch.float32:
-        tiles = {"forward": (16, 16, 8, 2), "dq": (16, 16, 8, 2), "dkv": (16, 16, 8, 2)}
+        tiles = {"forward": (8, 16, 8, 2), "dq": (8, 16, 8, 2), "dkv": (16, 8, 8, 2)}
     elif shared < 227 * 1024:
         tiles = {"forward": (64, 32, 8, 2), "dq": (32, 32, 8, 1), "dkv": (32, 32, 8, 1)}
     elif head_dim <= 64:
         tiles = {"forward": (128, 64, 4, 3), "dq": (128, 128, 8, 2), "dkv": (64, 128, 8, 2)}
     elif head_dim <= 128:
-        tiles = {"forward": (128, 128, 8, 3), "dq": (128, 128, 8, 2), "dkv": (64, 128, 8, 2)}
+        dq = (128, 128, 8, 2) if head_dim == 128 else (128, 64, 8, 3)  # the mask of a padded row costs a register
+        tiles = {"forward": (128, 128, 8, 3), "dq": dq, "dkv": (64, 128, 8, 2)}
     else:
-        tiles = {"forward": (128, 64, 8, 2), "dq": (64, 64, 8, 2), "dkv": (16, 64, 8, 2)}
+        tiles = {"forward": (128, 32, 8, 3), "dq": (64, 64, 8, 2), "dkv": (16, 64, 8, 2)}
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles[which]))
 
 
@@ -355,9 +365,8 @@ def _descriptor(x: torch.Tensor, block: int, block_d: int):
     return TensorDescriptor(x, [heads, rows, head_dim], strides, [1, block, block_d])
 
 
-def _options(q: torch.Tensor, window: int | None) -> dict:
+def _options(q: torch.Tensor) -> dict:
     return {
-        "WINDOW": window is not None,
         "HEAD_DIM": q.shape[2],
         "BLOCK_D": max(next_power_of_2(q.shape[2]), 16),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
@@ -374,14 +383,14 @@ def attention_triton(
     lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     if not rows:
         return o, lse
-    options, tiles = _options(q, window), tile_sizes("forward", q)
+    options, tiles = _options(q), tile_sizes("forward", q)
     q, k, v = map(_readable, (q, k, v))
-    table = _tile_table(cu_seqlens_q, rows, tiles["BLOCK_M"])
+    table = _tile_table(cu_seqlens_q, cu_seqlens_k, rows, tiles["BLOCK_M"])
     launch(
-        _forward_kernel, (table.shape[0] * heads,), o, lse,
+        _forward_kernel, (table.shape[0] * groups, heads // groups), o, lse,
         _descriptor(q, tiles["BLOCK_M"], options["BLOCK_D"]),
         *(_descriptor(x, tiles["BLOCK_N"], options["BLOCK_D"]) for x in (k, v)),
-        cu_seqlens_q, cu_seqlens_k, table, table.shape[0], heads, groups, rows, scale, window or 0, **tiles, **options,
+        table, heads, groups, rows, scale, min(window or _UNLIMITED, _UNLIMITED), **tiles, **options,
     )  # fmt: skip
     return o, lse
 
@@ -391,28 +400,29 @@ def attention_backward_triton(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, window: int | None, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     rows, heads, heads_k = q.shape[0], q.shape[1], k.shape[1]
+    groups = heads // heads_k
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not rows:
         return dq, dk.zero_(), dv.zero_()
-    options, block_d = _options(q, window), max(next_power_of_2(q.shape[2]), 16)
+    options, block_d = _options(q), max(next_power_of_2(q.shape[2]), 16)
     delta = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     tiles, dkv_tiles = tile_sizes("dq", q), tile_sizes("dkv", q)
     q, k, v, o, do = map(_readable, (q, k, v, o, do))
 
-    table = _tile_table(cu_seqlens_q, rows, tiles["BLOCK_M"])
+    table = _tile_table(cu_seqlens_q, cu_seqlens_k, rows, tiles["BLOCK_M"])
     q_d, o_d, do_d = (_descriptor(x, tiles["BLOCK_M"], block_d) for x in (q, o, do))
     k_d, v_d = (_descriptor(x, tiles["BLOCK_N"], block_d) for x in (k, v))
-    sizes = (heads // heads_k, rows, scale, window or 0)
+    sizes = (groups, rows, scale, min(window or _UNLIMITED, _UNLIMITED))
     launch(
-        _dq_kernel, (table.shape[0] * heads,), dq, delta, q_d, k_d, v_d, o_d, do_d, lse,
-        cu_seqlens_q, cu_seqlens_k, table, table.shape[0], heads, *sizes, **tiles, **options,
+        _dq_kernel, (table.shape[0] * groups, heads_k), dq, delta, q_d, k_d, v_d, o_d, do_d, lse,
+        table, heads, *sizes, **tiles, **options,
     )  # fmt: skip
 
-    table = _tile_table(cu_seqlens_k, k.shape[0], dkv_tiles["BLOCK_N"])
+    table = _tile_table(cu_seqlens_k, cu_seqlens_q, k.shape[0], dkv_tiles["BLOCK_N"])
     q_d, do_d = (_descriptor(x, dkv_tiles["BLOCK_M"], block_d) for x in (q, do))
     k_d, v_d = (_descriptor(x, dkv_tiles["BLOCK_N"], block_d) for x in (k, v))
     launch(
-        _dkv_kernel, (table.shape[0] * heads_k,), dk, dv, q_d, k_d, v_d, do_d, lse, delta,
-        cu_seqlens_q, cu_seqlens_k, table, table.shape[0], heads_k, *sizes, **dkv_tiles, **options,
+        _dkv_kernel, (table.shape[0], heads_k), dk, dv, q_d, k_d, v_d, do_d, lse, delta,
+        table, heads_k, *sizes, **dkv_tiles, **options,
     )  # fmt: skip
     return dq, dk, dv

@@ -82,6 +82,15 @@ def test_window_counts_as_in_transformers(path, window):
     close(ours([12, 3], [12, 3], window), plain([12, 3], [12, 3], window), inputs([12, 3], [12, 3]))
 
 
+def test_the_widest_window_hides_nothing(path):
+    def widest(q, k, v):  # lengths are upper bounds, so that this window is not dropped for hiding nothing
+        return attention(q, k, v, bounds([40, 3]), 2**31 - 1, window=2**31 - 2)
+
+    data = inputs([40, 3], [40, 3])
+    got, want = (gradients(f, data, torch.float32) for f in (widest, ours([40, 3], [40, 3], None)))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_window_of_one_returns_the_values(path):
     q, k, v = inputs([6], [6], (2, 2))
     assert torch.allclose(ours([6], [6], 1)(q, k, v), v, atol=1e-6)

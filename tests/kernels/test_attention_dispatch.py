@@ -11,6 +11,7 @@ import textwrap
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,14 @@ def test_a_right_backend_is_taken_and_its_verdict_kept(install, verdicts, monkey
     monkeypatch.setattr(selftest, "_run_child", None)  # the other ranks start none
     assert selftest.select_backend([FA3, FA2], CPU) == FA2
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_triton", "attention_selftest", "_triton"])
+def test_a_verdict_is_not_kept_longer_than_the_code_it_judged(monkeypatch, name):
+    before, read_text = selftest._digest("1.0"), Path.read_text
+    edited = "\n# edited"
+    monkeypatch.setattr(Path, "read_text", lambda path: read_text(path) + (path.name == f"{name}.py") * edited)
+    assert selftest._digest("1.0") != before
 
 
 def test_a_crash_and_a_wrong_result_pass_the_backend_over(install, verdicts):
