@@ -22,6 +22,8 @@ from .swiglu import check_gate_up, swiglu, swiglu_backward, swiglu_forward
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`linear` in the dtype of its operands: backward multiplies outside of the autocast region that forward ran in."""
+    if not torch.is_autocast_enabled(x.device.type):  # entering a region costs more than a small product
+        return linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return linear(x, weight, bias)
 
