@@ -81,6 +81,8 @@ class TrainRecipe(_Section):
     precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight (`optimizer.master`).
     recompute: what backward computes again rather than forward keeping it: nothing, the gate and up projections
         (`selective`: most of the memory, a sixth more FLOPs), or whole layers (`full`). The gradients are the same.
+    router_aux_loss_coef: weight of a mixture's load-balancing loss. None: as transformers would train the model, which
+        is not at all where its config.json does not say output_router_logits.
     float8: scaling of float8 operands in the layers' projections (None: they are as precise as the weights).
     max_consecutive_skips: the run stops when so many steps in a row were skipped, for a gradient that was not finite or
         a spike.
@@ -97,6 +99,7 @@ class TrainRecipe(_Section):
     epochs: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
     float8: Literal["rowwise", "blockwise"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_consecutive_skips: int = Field(default=5, ge=1)

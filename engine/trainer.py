@@ -163,6 +163,8 @@ class Trainer:
         )
         self.engine.decoder.recompute = recipe.recompute
         self.engine.decoder.float8 = recipe.float8
+        if recipe.router_aux_loss_coef is not None:
+            self.engine.router_aux_loss_coef = recipe.router_aux_loss_coef
         self.guard = SpikeGuard(recipe.spikes, self.device)
         if checkpoint is not None:
             self._restore()

@@ -370,7 +370,6 @@ def _tested_backend(device_type: str) -> str:
 _selected: dict[str, str] = {}
 
 
-@torch.compiler.assume_constant_result
 def attention_backend(device_type: str) -> str:
     """Name of the backend that `attention` uses on "cuda" or "cpu", chosen once per process: for manifests and logs.
 
@@ -381,6 +380,10 @@ def attention_backend(device_type: str) -> str:
         _loaded[name] = load_backend(name)
         _selected[device_type] = name
     return _selected[device_type]
+
+
+# As torch.compiler.assume_constant_result marks it, which would import torch._dynamo: two seconds of every start.
+attention_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -51,3 +51,10 @@ def test_a_mistake_is_one_line_that_names_it(arguments: list[str], message: str,
     assert result.stderr.startswith("steep: ")
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_imports_no_compiler_and_no_fsdp_before_it_needs_them():
+    """Each of them takes seconds."""
+    heavy = "{'torch._dynamo', 'torch._inductor', 'torch.distributed.fsdp', 'transformers'}"
+    code = f"import sys, steep.engine.trainer; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
