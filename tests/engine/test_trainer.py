@@ -207,6 +207,28 @@ def test_bf16_resumes_bitwise_too(root, monkeypatch):
     assert all(torch.equal(states[0].get(name), states[1].get(name)) for name in states[0].names)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"master": "none", "moments": "8bit"}, "recompute": "selective"},
+        {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch": {"sequences": 4}},
+        {"optimizer": {"offload": True}, "recompute": "full", "float8": "rowwise"},
+    ],
+)
+def test_what_saves_memory_trains_and_resumes(root, monkeypatch, changes):
+    values = {"precision": "bfloat16", "steps": 8, "schedule": {"lr": 1e-2}, "export": {"dtype": "bfloat16"}, **changes}
+    train(parse_recipe(make_recipe(root, **values, out=str(root / "straight"))))
+    losses = [record["loss"] for record in read_metrics(root / "straight" / "metrics.jsonl", "train")]
+    assert losses[-1] < losses[0] - 0.5
+    stopped = parse_recipe(make_recipe(root, **values, out=str(root / "stopped")))
+    after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(stopped)
+    train(stopped)
+    states = [SafetensorsFolder(root / name / "checkpoints" / "step-00000008") for name in ("straight", "stopped")]
+    assert all(torch.equal(states[0].get(name), states[1].get(name)) for name in states[0].names)
+
+
 def interrupted(root: Path, monkeypatch) -> dict:
     """A run stopped after step 5; the values of its recipe."""
     values = make_recipe(root)
