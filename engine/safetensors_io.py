@@ -68,15 +68,19 @@ class SafetensorsFolder:
     `names` and iteration are in file order: shard by shard, by position in the shard, which is the order that reads
     a disk sequentially. `metadata` is the free text metadata of the first file.
 
+    Args:
+        path: the folder.
+        single_file: goes before an index, as in transformers.
+
     Raises:
         FileNotFoundError: no safetensors in the folder, or a shard that the index names is not there.
         ValueError: a damaged or truncated file, an index that does not agree with its shards, an unknown dtype.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, single_file: str = SINGLE_FILE) -> None:
         self.path = Path(path)
-        weight_map = self._read_index()
-        files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+        weight_map = None if (self.path / single_file).is_file() else self._read_index()
+        files = sorted(set(weight_map.values())) if weight_map is not None else [single_file]
         self._entries: dict[str, _Entry] = {}
         self._descriptors: dict[Path, int] = {}
         self.metadata: dict[str, str] = {}
@@ -98,12 +102,10 @@ class SafetensorsFolder:
             self.close()
             raise
 
-    def _read_index(self) -> dict[str, str] | None:
-        """{tensor: file name} of the index; None if there is a single file, which goes first as in transformers."""
+    def _read_index(self) -> dict[str, str]:
+        """{tensor: file name} of the index."""
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path}: not found, or not a folder")
-        if (self.path / SINGLE_FILE).is_file():
-            return None
         index = self.path / INDEX_FILE
         if not index.is_file():
             pickles = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".bin", ".pt", ".pth"))
