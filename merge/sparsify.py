@@ -74,7 +74,7 @@ def della(delta: Tensor, density: float, epsilon: float, noise: Noise, rescale: 
 def della_problem(density: float, epsilon: float) -> str | None:
     """Why a density and epsilon do not go together, if they do not."""
     if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
-        return f"density {density:g} -+ epsilon {epsilon:g} must lie between 0 and 1, both excluded"
+        return f"density {density:g} plus or minus epsilon {epsilon:g} must lie strictly between 0 and 1"
     return None
 
 
