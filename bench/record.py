@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.files import atomic_write, versions
 
-PEERS = ("transformers", "lm-eval", "mergekit", "flash-attn", "flash-attn-4", "liger-kernel")
+PEERS = ("transformers", "lm-eval", "mergekit", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 
 
 def record(benchmark: str, figures: dict[str, Any], out: str | Path | None = None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ INSTRUCTIONS = {
     "cp_async": r"cp\.async\.(?:cg|ca)",
     "tma": r"cp\.async\.bulk\.tensor",
     "wgmma": r"wgmma\.mma_async",
+    "cvt_e4m3": r"cvt\.rn\.satfinite\.e4m3x2\.f32",
 }
 _POINTEES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",

@@ -254,12 +254,35 @@ def bench_eval(
 
 
 @bench_app.command("kernels")
-def bench_kernels(out: RecordOption = None) -> None:
-    """Every kernel against eager torch and against its floor, on the GPU if there is one."""
-    from ..bench import kernels
+def bench_kernels(
+    out: RecordOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw a PNG here.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Also put the table between the marks in this file.")] = None,
+    from_record: Annotated[Path | None, typer.Option("--from", help="Use this record; measure nothing.")] = None,
+    minutes: Annotated[float, typer.Option(help="On a GPU: measure what fits in this time.")] = 8.0,
+) -> None:
+    """Every kernel against eager torch, torch.compile and the peers installed, on a GPU if there is one."""
+    from ..bench import kernel_report, kernels
     from ..bench.record import record
 
-    _print_json(record("kernels", kernels.run(), out))
+    result = json.loads(from_record.read_text()) if from_record else record("kernels", kernels.run(minutes), out)
+    if plot is not None:
+        kernel_report.plot(result, plot)
+    if readme is not None:
+        kernel_report.update_readme(result, readme)
+    _print_json(result)
+
+
+@bench_app.command("sm90")
+def bench_sm90(out: RecordOption = None) -> None:
+    """Compile every Triton kernel for Hopper, GPU or not: registers, spills, shared memory, wide loads, wgmma."""
+    from ..bench import sm90, sm90_cases
+    from ..bench.record import record
+
+    result = record("sm90", sm90.run(sm90_cases.cases()), out)
+    _print_json(result)
+    if result["figures"]["faults"]:
+        raise ValueError("; ".join(result["figures"]["faults"]))
 
 
 @bench_app.command("merge")

@@ -117,8 +117,6 @@ def fetch_ontology(cache: Path | None = None) -> Path:
     return fetch(ONTOLOGY, cache)
 
 
-
-
 @dataclass(frozen=True)
 class Document:
     """One line of a jsonl file that data/ reads."""
@@ -128,7 +126,7 @@ class Document:
 
 
 def name_first(term: Term) -> str:
-    """"Name: definition. Also called ..." as prose."""
+    """ "Name: definition. Also called ..." as prose."""
     also = f" Also called {_listing(term.synonyms)}." if term.synonyms else ""
     return f"{term.name}: {as_sentence(term.definition)}{also}"
 

@@ -91,7 +91,7 @@ def as_sentence(text: str) -> str:
 
 
 def in_sentence(name: str) -> str:
-    """"Renal cyst" -> "renal cyst", for use inside a sentence; "IgA deficiency" and "X-linked" keep their capitals.
+    """ "Renal cyst" -> "renal cyst", for use inside a sentence; "IgA deficiency" and "X-linked" keep their capitals.
 
     A name that begins with a person's is lowered too: nothing in the ontology tells it from others.
     """

@@ -68,6 +68,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] with unit stride along the columns; a copy only where it has another."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def persistent_programs(x: torch.Tensor, per_sm: int) -> int:
     """Programs of a grid that fills the GPU `per_sm` times; a small odd number in the interpreter."""
     if x.is_cuda:

@@ -7,23 +7,25 @@ Floor: 4*D FLOPs per visible (query, key, head) forward, 10*D backward; q, k, v,
 are saved. Source: FlashAttention-2, arXiv:2307.08691. `window` counts as Hugging Face's sliding_window does: the
 query's own key included.
 
-On a GPU the work is done by the first of FlashAttention-3, FlashAttention-4, FlashAttention-2, torch's varlen_attn
-and the Triton kernels of attention_triton.py that is importable and agrees with `attention_reference` in a start-up
-self-test, always with a deterministic backward. On a CPU each document is one call of torch's fused attention on
-views of the packed tensors. May touch: torch, triton; flash_attn and flash_attn_interface where they are installed.
+On a GPU the work is done by the first of FlashAttention-3, FlashAttention-4, FlashAttention-2, torch's in-tree
+FlashAttention-2 and the Triton kernels of attention_triton.py that is installed and passes the self-test of
+attention_selftest.py, always with a deterministic backward. On a CPU each document is one call of torch's fused
+attention on views of the packed tensors. May touch: torch, triton; flash_attn and flash_attn_interface where they are
+installed; the environment variable STEEP_ATTENTION.
 """
 
 from __future__ import annotations
 
-import time
-import warnings
+import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op
 from .attention_triton import attention_backward_triton, attention_triton
 
 # --- the formula -----------------------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ def attention_reference(
     """The formula itself, with whole score matrices, in the dtype of q: the standard that every backend is held to."""
     groups = q.shape[1] // k.shape[1]
     outputs = []
-    for q0, q1, k0, k1 in _documents(cu_seqlens_q, cu_seqlens_k):
+    for q0, q1, k0, k1 in _documents(cu_seqlens_q, cu_seqlens_k, q, k):
         q_HLD, k_HLD, v_HLD = (
             x.transpose(0, 1)
             for x in (q[q0:q1], k[k0:k1].repeat_interleave(groups, 1), v[k0:k1].repeat_interleave(groups, 1))
@@ -48,9 +50,14 @@ def attention_reference(
     return torch.cat(outputs) if outputs else q * 1.0
 
 
-def _documents(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
+def _documents(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+) -> Iterator[tuple[int, int, int, int]]:
     """(q0, q1, k0, k1) of every document that has queries."""
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for name, bounds, rows in (("cu_seqlens_q", bounds_q, len(q)), ("cu_seqlens_k", bounds_k, len(k))):
+        if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
+            raise ValueError(f"attention: {name} must ascend from 0 to {rows}, the number of rows; it is {bounds}")
     for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
         if q1 - q0 > k1 - k0:
             raise ValueError(f"attention: a document has {q1 - q0} queries but only {k1 - k0} keys")
@@ -77,14 +84,15 @@ _fused_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _pieces(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, window: int | None, like: torch.Tensor
-) -> Iterator[tuple[slice, slice, bool, torch.Tensor | None]]:
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, window: int | None, q: torch.Tensor, k: torch.Tensor,
+    like: torch.Tensor,
+) -> Iterator[tuple[slice, slice, bool, torch.Tensor | None]]:  # fmt: skip
     """(query rows, key rows, plain causal?, mask) per call of the fused attention.
 
     A document longer than the window is cut into blocks of `window` queries with the keys they see: small masks, and
     work linear in its length.
     """
-    for q0, q1, k0, k1 in _documents(cu_seqlens_q, cu_seqlens_k):
+    for q0, q1, k0, k1 in _documents(cu_seqlens_q, cu_seqlens_k, q, k):
         shift = (k1 - k0) - (q1 - q0)
         if window is None or k1 - k0 <= window:
             mask = _mask(q1 - q0, k1 - k0, None, like) if shift else None
@@ -105,8 +113,7 @@ def _fold_groups(q_LHD: torch.Tensor, groups: int) -> torch.Tensor:
     return q_LHD.unflatten(1, (-1, groups)).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
 
 
-def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+def _forward_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
     groups = q.shape[1] // k.shape[1]
     acc = compute_dtype(q.dtype)
     o = torch.empty(q.shape, dtype=q.dtype)
@@ -114,7 +121,7 @@ def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
     # Batching documents padded to similar lengths was measured no faster than one call each, and it gathers and pads.
     # bf16 is widened document by document: the fused bf16 backward was measured 1.1 to 2.8 times slower than the fp32
     # one.
-    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, lse_TH):
+    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, q, k, lse_TH):
         q_p, k_p, v_p = q[q_rows].to(acc), k[k_rows].to(acc), v[k_rows].to(acc)
         if causal:
             # The fused kernel skips what causality hides but knows no GQA: keys are repeated, a document at a time.
@@ -131,15 +138,12 @@ def _attention_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
     return o, lse_TH.T.contiguous()
 
 
-def _attention_backward_cpu(
-    do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend
-):
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+def _backward_cpu(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
     groups = q.shape[1] // k.shape[1]
     lse_TH = lse.T.contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
-    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, lse):
+    for q_rows, k_rows, causal, mask in _pieces(cu_seqlens_q, cu_seqlens_k, window, q, k, lse):
         do_p, q_p, o_p = (_heads_first(x[q_rows].to(lse.dtype)) for x in (do, q, o))
         k_p, v_p = (_heads_first(x[k_rows].to(lse.dtype).repeat_interleave(groups, 1)) for x in (k, v))
         dq_p, dk_p, dv_p = _fused_cpu_backward(
@@ -151,50 +155,105 @@ def _attention_backward_cpu(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# --- CUDA: our own kernels, and torch's in-tree FlashAttention-2 with its backward made deterministic --------------
+# --- GPU: our own kernels, torch's in-tree FlashAttention-2, FlashAttention-4 ----------------------------------------
 
 
-def _varlen_window(window: int | None) -> list[int]:
-    return [-1, 0] if window is None else [window - 1, 0]
+def _forward_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
+    return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, window, scale)
 
 
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """torch's in-tree backward looks at this global switch; it is put back as it was."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+def _backward_triton(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
+    return attention_backward_triton(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, window, scale)
 
 
-def _attention_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    if backend == "triton":
-        return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, window, scale)
-    o, lse, _ = torch.ops.torch_attn._varlen_attn(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        window is None, scale, _varlen_window(window), q.shape[1] != k.shape[1],
+# The operators under torch.nn.attention.varlen, whose own signature is another one in each release since 2.11.
+def _forward_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, window is None, False,
+        scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
     return o, lse
 
 
-def _attention_backward_cuda(
-    do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend
-):
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    if backend == "triton":
-        return attention_backward_triton(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, window, scale)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+def _backward_torch(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
+    unread = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is 0
     with _deterministic():
-        return torch.ops.torch_attn._varlen_attn_backward(
-            do.contiguous(), q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            window is None, no_dropout, scale, _varlen_window(window),
+        return torch.ops.aten._flash_attention_backward(
+            do.contiguous(), q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,
+            window is None, unread, unread,
+            scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )  # fmt: skip
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """torch's in-tree backward looks at this global switch, which also fills every new tensor with NaN: not needed.
+    Set below torch.use_deterministic_algorithms, which would reconfigure torch.compile as well, and put back."""
+    c = torch._C
+    before = c._get_deterministic_algorithms(), c._get_deterministic_algorithms_warn_only()
+    fill = c._get_deterministic_fill_uninitialized_memory()
+    c._set_deterministic_algorithms(True, warn_only=True)
+    c._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        yield
+    finally:
+        c._set_deterministic_algorithms(before[0], warn_only=before[1])
+        c._set_deterministic_fill_uninitialized_memory(fill)
+
+
+# FlashAttention-4 registers no operator, and its Python cannot be traced: it becomes one here.
+def _forward_fa4(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    o, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softmax_scale=scale, causal=True,
+        window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
+        return_lse=True,
+    )  # fmt: skip
+    return o, lse
+
+
+def _backward_fa4(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale):
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv, *_ = _flash_attn_bwd(
+        q, k, v, o, do.contiguous(), lse, softmax_scale=scale, causal=True,
+        window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=True,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
+
+_FORWARD = {
+    "torch_sdpa_cpu": _forward_cpu,
+    "flash_attention_4": _forward_fa4,
+    "torch_varlen": _forward_torch,
+    "triton": _forward_triton,
+}
+_BACKWARD = {
+    "torch_sdpa_cpu": _backward_cpu,
+    "flash_attention_4": _backward_fa4,
+    "torch_varlen": _backward_torch,
+    "triton": _backward_triton,
+}
+
+
+def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend):
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    return _FORWARD[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale)
+
+
+def _attention_backward(
+    do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, backend
+):
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    documents = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale)
+    return _BACKWARD[backend](do, q, k, v, o, lse, *documents)
+
 
 _DOCUMENTS = (
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? window, float scale, "
@@ -204,15 +263,13 @@ _DOCUMENTS = (
 _attention_op = define_op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, {_DOCUMENTS}) -> (Tensor, Tensor)",
-    cpu=_attention_cpu,
-    cuda=_attention_cuda,
+    cpu=_attention,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=compute_dtype(q.dtype))),
 )
 _attention_backward_op = define_op(
     "attention_backward",
     f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_DOCUMENTS}) -> (Tensor, Tensor, Tensor)",
-    cpu=_attention_backward_cpu,
-    cuda=_attention_backward_cuda,
+    cpu=_attention_backward,
     fake=lambda do, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 
@@ -233,65 +290,51 @@ class _Attention(torch.autograd.Function):
 
 
 # --- backends --------------------------------------------------------------------------------------------------------
-# Each takes (q, k, v, cu_seqlens_q, cu_seqlens_k or None, max_seqlen_q, max_seqlen_k, window, scale) and returns o
-# under autograd. Keyword arguments throughout: the fourth positional one is not the same in FlashAttention 2, 3 and 4.
 
-
-def _flash_arguments(no_window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale) -> dict:
-    return {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "softmax_scale": scale,
-        "causal": True,
-        "window_size": (no_window, no_window) if window is None else (window - 1, 0),
-        "deterministic": True,
-    }
-
-
-def _flash_attention_3(q, k, v, *documents) -> torch.Tensor:
-    from flash_attn_interface import flash_attn_varlen_func
-
-    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(-1, *documents)))
-
-
-def _flash_attention_4(q, k, v, *documents) -> torch.Tensor:
-    from flash_attn.cute import flash_attn_varlen_func
-
-    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(None, *documents)))
-
-
-def _flash_attention_2(q, k, v, *documents) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return _output(flash_attn_varlen_func(q, k, v, **_flash_arguments(-1, *documents)))
-
-
-def _torch_varlen(q, k, v, *documents) -> torch.Tensor:
-    import torch.nn.attention.varlen  # noqa: F401 - registers torch_attn::_varlen_attn
-
-    return _Attention.apply(q, k, v, *documents, "torch_varlen")
-
-
-def _triton(q, k, v, *documents) -> torch.Tensor:
-    return _Attention.apply(q, k, v, *documents, "triton")
-
-
-def _output(result: torch.Tensor | tuple) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
-
-
-_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
-    "flash_attention_3": _flash_attention_3,
-    "flash_attention_4": _flash_attention_4,
-    "flash_attention_2": _flash_attention_2,
-    "torch_varlen": _torch_varlen,
-    "triton": _triton,
+# What the foreign ones import.
+MODULES = {
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute.interface",
+    "flash_attention_2": "flash_attn",
 }
 
 
-def _candidates(capability: tuple[int, int]) -> list[str]:
+def _flash_attention(
+    flash_attn_varlen_func, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale
+):
+    """FlashAttention 2 and 3 are called through their public function: it takes care of autograd, is an operator to
+    torch.compile, and hands `deterministic` on, which the operator of FlashAttention-3 alone does not."""
+    result = flash_attn_varlen_func(
+        q, k, v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        deterministic=True,
+    )  # fmt: skip
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _operator(name, q, k, v, *documents):
+    return _Attention.apply(q, k, v, *documents, name)
+
+
+def load_backend(name: str) -> Callable[..., torch.Tensor]:
+    """The function of (q, k, v, cu_seqlens_q, cu_seqlens_k or None, max_seqlen_q, max_seqlen_k, window, scale) that
+    returns o under autograd. ImportError where the backend's package is missing or broken."""
+    module = importlib.import_module(MODULES[name]) if name in MODULES else None
+    if name in _FORWARD:
+        return partial(_operator, name)
+    return partial(_flash_attention, module.flash_attn_varlen_func)  # type: ignore[union-attr]
+
+
+_loaded = {name: load_backend(name) for name in _FORWARD if name not in MODULES}
+
+
+def candidates(capability: tuple[int, int]) -> list[str]:
     """Backends worth trying on a GPU of this compute capability, fastest first. Hopper alone has FlashAttention-3."""
     if capability[0] == 9:
         return ["flash_attention_3", "flash_attention_4", "flash_attention_2", "torch_varlen", "triton"]
@@ -300,82 +343,26 @@ def _candidates(capability: tuple[int, int]) -> list[str]:
     return ["flash_attention_2", "torch_varlen", "triton"]
 
 
-def select_backend(device: torch.device, capability: tuple[int, int]) -> str:
-    """The first candidate that is importable and passes the self-test; one that fails it is named in a warning."""
-    for name in _candidates(capability):
-        try:
-            complaint = _self_test(_BACKENDS[name], device)
-        except ImportError:
-            continue
-        except Exception as error:  # whatever a foreign package throws, the next backend is asked
-            complaint = f"{type(error).__name__}: {error}"
-        if complaint is None:
-            return name
-        warnings.warn(f"attention backend {name} is passed over: {complaint}", RuntimeWarning, stacklevel=2)
-    raise RuntimeError(f"no attention backend works on {device}; the warnings above say why each was passed over")
+def _demanded_backend() -> str | None:
+    """What the environment variable STEEP_ATTENTION names: taken untested, refused if it is not there."""
+    name = os.environ.get("STEEP_ATTENTION")
+    if not name:
+        return None
+    allowed = candidates((9, 0))
+    if name not in allowed:
+        raise ValueError(f"STEEP_ATTENTION is {name!r}; allowed: {', '.join(allowed)}")
+    try:
+        load_backend(name)
+    except ImportError as error:
+        raise ValueError(f"STEEP_ATTENTION is {name!r}, which cannot be imported: {error}") from error
+    return name
 
 
-def _self_test(backend: Callable[..., torch.Tensor], device: torch.device) -> str | None:
-    """None, or what is wrong with the backend on tiny packed batches: GQA, one-token, empty and cached documents."""
-    for window in (None, 1, 16):
-        for cached in (0, 9):
-            complaint = _disagreement(backend, device, window, cached)
-            if complaint is not None:
-                return f"{complaint} (window {window}, {cached} cached keys)"
-    return None
+def _tested_backend(device_type: str) -> str:
+    from .attention_selftest import select_backend  # which imports this module
 
-
-def _disagreement(
-    backend: Callable[..., torch.Tensor], device: torch.device, window: int | None, cached: int
-) -> str | None:
-    queries = torch.tensor([1, 37, 70, 1, 0])
-    keys = queries + torch.tensor([0, 1, 1, 1, 0]) * cached
-    cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int().to(device) for n in (queries, keys))
-    rows_q, rows_k = int(queries.sum()), int(keys.sum())
-    generator = torch.Generator().manual_seed(0)
-    do, q, k, v = (
-        torch.randn(rows, heads, 64, generator=generator).bfloat16().to(device)
-        for rows, heads in ((rows_q, 4), (rows_q, 4), (rows_k, 2), (rows_k, 2))
-    )
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return backend(q, k, v, cu_q, cu_k, int(queries.max()), int(keys.max()), window, 0.125)
-
-    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention_reference(q, k, v, cu_q, cu_k, window, 0.125)
-
-    first, second = (_with_gradients(run, do, q, k, v) for _ in range(2))
-    _wait(backend.__name__, device)
-    expected = _with_gradients(reference, *(x.float() for x in (do, q, k, v)))
-    for name, got, again, want in zip(("o", "dq", "dk", "dv"), first, second, expected):
-        error = ((got.float() - want).norm() / want.norm().clamp(min=1.0)).item()
-        if not error < 0.02:
-            return f"{name} differs from the reference by {error:.2g}"
-        if not torch.equal(got, again):
-            return f"{name} differs between two runs"
-    return None
-
-
-def _with_gradients(
-    function: Callable[..., torch.Tensor], do: torch.Tensor, *inputs: torch.Tensor
-) -> list[torch.Tensor]:
-    with torch.enable_grad():
-        inputs = tuple(x.detach().requires_grad_() for x in inputs)
-        o = function(*inputs)
-        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
-
-
-def _wait(backend: str, device: torch.device, seconds: float = 60.0) -> None:
-    """Wait for the device, but not for ever: some releases of FlashAttention are known to hang on empty documents."""
-    if device.type != "cuda":
-        return
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    deadline = time.monotonic() + seconds
-    while not event.query():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"attention: the self-test of backend {backend} hangs on {device}; uninstall that backend")
-        time.sleep(0.001)
+    device = torch.device(device_type, torch.cuda.current_device())
+    return select_backend(candidates(torch.cuda.get_device_capability(device)), device)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -385,13 +372,18 @@ _selected: dict[str, str] = {}
 
 @torch.compiler.assume_constant_result
 def attention_backend(device_type: str) -> str:
-    """Name of the backend that `attention` uses on "cuda" or "cpu", chosen once per process: for manifests and logs."""
-    if device_type == "cpu":
-        return "torch_sdpa_cpu"
+    """Name of the backend that `attention` uses on "cuda" or "cpu", chosen once per process: for manifests and logs.
+
+    The environment variable STEEP_ATTENTION=name overrules the choice on a GPU, without a self-test.
+    """
     if device_type not in _selected:
-        device = torch.device(device_type, torch.cuda.current_device())
-        _selected[device_type] = select_backend(device, torch.cuda.get_device_capability(device))
+        name = "torch_sdpa_cpu" if device_type == "cpu" else _demanded_backend() or _tested_backend(device_type)
+        _loaded[name] = load_backend(name)
+        _selected[device_type] = name
     return _selected[device_type]
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def attention(
@@ -408,29 +400,56 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention within each document of a packed batch -> o [Tq, Hq, D] in q's dtype.
 
-    q [Tq, Hq, D]; k, v [Tk, Hk, D], Hq a multiple of Hk; unit stride along D, any strides along the others.
-    cu_seqlens_q, cu_seqlens_k (default: the same) int32 [N+1] on q's device, ascending from 0 to Tq and Tk; trailing
-    empty documents (the last value repeated) are allowed. max_seqlen_q, max_seqlen_k: longest document, Python ints.
-    A document with fewer queries than keys (a KV cache) is aligned bottom-right: its last query sees its last key.
-    window: each query sees the last `window` keys, its own included; None for all. scale: default D ** -0.5.
-    More queries than keys in a document: ValueError on a CPU, not checked on a GPU (it would be a synchronisation).
+    Args:
+        q, k, v: [Tq, Hq, D], [Tk, Hk, D], [Tk, Hk, D], Hq a multiple of Hk; bf16, fp16, fp32, or on a CPU fp64; all on
+            one device; any strides, so views of a fused projection too.
+        cu_seqlens_q, cu_seqlens_k: int32 [N + 1] on q's device, ascending from 0 to Tq and to Tk; documents may be
+            empty, trailing ones (the last value repeated) in particular. cu_seqlens_k defaults to cu_seqlens_q. A
+            document with fewer queries than keys (a KV cache) is aligned bottom-right: its last query sees the last.
+        max_seqlen_q, max_seqlen_k: Python ints, at least the longest document; max_seqlen_k goes with cu_seqlens_k.
+        window: each query sees the last `window` keys, its own included; None for all.
+        scale: factor of the scores, above 0; default D ** -0.5.
+
+    Raises:
+        ValueError: naming the argument that is none of this. The values in cu_seqlens are looked at on a CPU only: on a
+            GPU that would be a synchronisation.
     """
-    if q.ndim != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+    dtypes = _DTYPES if q.is_cuda else (*_DTYPES, torch.float64)
+    check_tensor("attention: q", q, (None, None, None), dtype=dtypes)
+    check_tensor("attention: k", k, (None, None, q.shape[2]), like=q)
+    check_tensor("attention: v", v, tuple(k.shape), like=q)
+    if not q.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not agree; "
-            "expected [Tq, Hq, D], [Tk, Hk, D], [Tk, Hk, D] with Hq a multiple of Hk"
+            f"attention: q has shape {tuple(q.shape)} and k {tuple(k.shape)}; the heads of q must be a multiple of k's"
         )
+    _check_lengths("q", cu_seqlens_q, max_seqlen_q, q)
+    if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # torch.compile refuses one tensor as two inputs of an autograd.Function
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"attention: q has {q.shape[0]} rows and k {k.shape[0]}; cu_seqlens_k is needed")
+    else:
+        max_seqlen_k = _check_lengths("k", cu_seqlens_k, max_seqlen_k, q)
+        check_tensor("attention: cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; it counts the query's own key: at least 1, or None")
-    if cu_seqlens_k is cu_seqlens_q:
-        cu_seqlens_k = None  # torch.compile refuses one tensor as two inputs of an autograd.Function
-    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    documents = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale)
+    if window is not None and window >= max_seqlen_k:
+        window = None  # it hides nothing, and without one the kernels are faster
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}; expected a number above 0")
+
     backend = attention_backend(q.device.type)
-    if backend == "torch_sdpa_cpu":
-        return _Attention.apply(q, k, v, *documents, backend)
-    # The tuned backends take 16-bit inputs and head dimensions up to 256 in steps of 8; the rest is ours.
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] > 256 or q.shape[2] % 8:
-        backend = "triton"
-    return _BACKENDS[backend](q, k, v, *documents)
+    if q.is_cuda and (q.dtype == torch.float32 or q.shape[2] > 128 or q.shape[2] % 8 or not q.shape[0]):
+        backend = "triton"  # the others take 16-bit rows, are tested for head dimensions to 128, and want some rows
+    return _loaded[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale)
+
+
+def _check_lengths(which: str, cu_seqlens: torch.Tensor, max_seqlen: int | None, q: torch.Tensor) -> int:
+    check_tensor(f"attention: cu_seqlens_{which}", cu_seqlens, (None,), dtype=torch.int32, like=q)
+    if not cu_seqlens.shape[0] or not cu_seqlens.is_contiguous():
+        entries = f"{cu_seqlens.shape[0]} entries at stride {cu_seqlens.stride(0)}"
+        raise ValueError(f"attention: cu_seqlens_{which} has {entries}; expected N + 1, contiguous")
+    if not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise ValueError(f"attention: max_seqlen_{which} is {max_seqlen!r}; expected a Python int")
+    return max_seqlen  # type: ignore[return-value]

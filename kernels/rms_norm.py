@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, persistent_programs, tl
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, persistent_programs, tl, unit_rows
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ def _tile(hidden: int) -> dict[str, int]:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[..., H] as [rows, H] with unit stride along H; a copy only where no view has that form."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return unit_rows(x)
 
 
 def _launch_forward(x_RH, r_RH, weight, y, s, rstd, eps: float, **constexprs) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, tl
+from ._triton import cast, cdiv, kernel, launch, tl, unit_rows
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -119,12 +119,8 @@ def _backward_kernel(
         tl.store(DH + row * dh_stride + col, cast(act * up, DH.dtype.element_ty, INTERPRET), mask)
 
 
-def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _swiglu_triton(gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
-    gate_up = _unit_rows(gate_up)
+    gate_up = unit_rows(gate_up)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     h = gate_up.new_empty(tokens, width)
     grid = (tokens * cdiv(width, _BLOCK),)
@@ -133,7 +129,7 @@ def _swiglu_triton(gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
 
 
 def _launch_backward(dh: torch.Tensor, gate_up: torch.Tensor, **constexprs) -> torch.Tensor:
-    gate_up = _unit_rows(gate_up)
+    gate_up = unit_rows(gate_up)
     tokens, width = dh.shape
     out = gate_up.new_empty(gate_up.shape)
     grid = (tokens * cdiv(width, _BLOCK),)
@@ -143,7 +139,7 @@ def _launch_backward(dh: torch.Tensor, gate_up: torch.Tensor, **constexprs) -> t
 
 
 def _swiglu_backward_triton(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:
-    return _launch_backward(_unit_rows(dh), gate_up, RECOMPUTE=False, EXACT_HF=exact_hf)
+    return _launch_backward(unit_rows(dh), gate_up, RECOMPUTE=False, EXACT_HF=exact_hf)
 
 
 def _swiglu_backward_recompute_triton(dh: torch.Tensor, gate_up: torch.Tensor, exact_hf: bool) -> torch.Tensor:

@@ -23,6 +23,8 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_module("attention"), "attention_backend", lambda device_type: "triton")
     # Small tiles: several per document, as on a GPU, with documents that the interpreter gets through.
     monkeypatch.setattr(kernel_module("attention_triton"), "tile_sizes", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
+    tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "BAND": 2}
+    monkeypatch.setattr(kernel_module("grouped_mm"), "tile_sizes", lambda *_: tiles)
 
 
 @pytest.fixture(params=["cpu", "interpreter"])

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from steep.kernels import attention
+from tests.kernels.conftest import use_triton
 from tests.kernels.kernel_checks import FP32_BOUND, check, errors, gradients, kernel_module
 
 
@@ -138,35 +141,141 @@ def test_two_runs_are_equal(path, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_no_tokens_at_all():
-    data = inputs([0], [0])
-    assert [g.shape[0] for g in gradients(ours([0], [0], None), data, torch.float32)] == [0] * 4
+def test_no_tokens_at_all(path):
+    for lengths in ([0], [0, 0], []):
+        function = ours(lengths, lengths, None) if lengths else lambda q, k, v: attention(q, k, v, bounds([]), 0)
+        assert [g.shape[0] for g in gradients(function, inputs(lengths, lengths), torch.float32)] == [0] * 4
 
 
-def test_the_real_tiles_agree_with_the_small_ones(monkeypatch):
-    """The interpreter with the tile sizes of the GPU, on a document of several tiles."""
+def test_keys_without_queries_have_no_gradient(path):
+    _, dq, dk, dv = gradients(ours([0], [5], None), inputs([0], [5]), torch.float32)
+    assert (dq.numel(), dk.count_nonzero(), dv.count_nonzero()) == (0, 0, 0)
+
+
+def test_a_nan_stays_in_its_document(path, dtype):
+    q, k, v = (x.to(dtype) for x in inputs([20, 9, 20], [20, 9, 20]))
+    clean = ours([20, 9, 20], [20, 9, 20], 7)(q, k, v)
+    for x in (q, k, v):
+        x[20:29] = float("nan")
+    spoilt = ours([20, 9, 20], [20, 9, 20], 7)(q, k, v)
+    assert spoilt[20:29].isnan().all()
+    assert torch.equal(torch.cat([clean[:20], clean[29:]]), torch.cat([spoilt[:20], spoilt[29:]]))
+
+
+def test_large_scores_do_not_overflow(path):
+    q = 300 * torch.eye(16)[:, None].repeat(2, 1, 1)  # a score of 22500 at the query's own token, 0 elsewhere
+    v = torch.randn(32, 1, 16)
+    assert torch.equal(ours([16, 16], [16, 16], None)(q, q, v), v)
+
+
+def test_rows_whose_offsets_need_64_bits(path):
+    q, k, v = inputs([2], [129])
+    apart = torch.empty(2**31 + 32).as_strided(k.shape, (2**24, 16, 1)).copy_(k)
+    assert torch.equal(ours([2], [129], 50)(q, apart, v), ours([2], [129], 50)(q, k, v))
+
+
+@pytest.mark.parametrize("layout", ["heads first", "odd strides", "one head of many", "broadcast"])
+def test_any_strides(path, layout):
+    q, k, v = inputs([19], [19])
+    want = gradients(ours([19], [19], None), (q, k, v), torch.float32)
+    views = {
+        "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "odd strides": lambda x: torch.cat([x, x[..., :3]], 2)[..., :16],
+        "one head of many": lambda x: torch.stack([x, x], 2).flatten(1, 2)[:, ::2],
+        "broadcast": lambda x: x,
+    }
+    view = views[layout]
+    got = [ours([19], [19], None)(view(q), view(k), view(v))]
+    if layout == "broadcast":  # one kv head for all, as a view
+        k, v = (x[:, :1].expand(-1, 2, -1) for x in (k, v))
+        want = [ours([19], [19], None)(q, k.contiguous(), v.contiguous())]
+        got = [ours([19], [19], None)(q, k, v)]
+    assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("window", [None, 70, 200])
+def test_the_real_tiles_agree_with_the_small_ones(monkeypatch, window):
+    """The interpreter with the tile sizes of the GPU: blocks seen whole, the diagonal, the window's edge, both ends."""
     module = kernel_module("attention_triton")
-    lengths = [150, 5]
-    q, k, v = inputs(lengths, lengths, (2, 1), 8)
-    do, cu = torch.randn(q.shape), bounds(lengths)
-    monkeypatch.setattr(
-        module,
-        "tile_sizes",
-        lambda which, *_: {"BLOCK_M": 128 if which == "forward" else 64, "BLOCK_N": 128 if which == "dkv" else 64},
-    )
-    o, lse = module.attention_triton(q, k, v, cu, cu, 70, 0.3)
-    got = [o, *module.attention_backward_triton(do, q, k, v, o, lse, cu, cu, 70, 0.3)]
+    lengths_q, lengths_k = [300, 5], [340, 5]
+    q, k, v = inputs(lengths_q, lengths_k, (2, 1), 8)
+    do, cu_q, cu_k = torch.randn(q.shape), bounds(lengths_q), bounds(lengths_k)
+    sizes = {"forward": (128, 128), "dq": (128, 128), "dkv": (64, 128)}
+    monkeypatch.setattr(module, "tile_sizes", lambda which, *_: dict(zip(("BLOCK_M", "BLOCK_N"), sizes[which])))
+    o, lse = module.attention_triton(q, k, v, cu_q, cu_k, window, 0.3)
+    got = [o, *module.attention_backward_triton(do, q, k, v, o, lse, cu_q, cu_k, window, 0.3)]
     reference = kernel_module("attention").attention_reference
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    want = reference(*leaves, cu, cu, 70, 0.3)
+    want = reference(*leaves, cu_q, cu_k, window, 0.3)
     assert max(errors(got, [want, *torch.autograd.grad(want, leaves, do.double())])) < FP32_BOUND
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_only_blocks_that_are_seen_in_part_are_masked(monkeypatch, window):
+    """How many blocks the loops visit, with and without a mask, against brute force over a document of ten tiles."""
+    use_triton(monkeypatch)
+    shared, visited = kernel_module("_triton"), Counter()
+    call = shared._interpret_device_function
+
+    def number(x):
+        return int(x.handle.data.item()) if hasattr(x, "handle") else int(x)
+
+    def record(function, *args, **kwargs):
+        if "MASKED" in function.arg_names:
+            given = dict(zip(function.arg_names, args))
+            first, stop, count = (number(given.get(name, 0)) for name in ("first", "stop", "count"))
+            visited[function.fn.__name__, bool(given["MASKED"])] += count or max(-(-(stop - first) // 16), 0)
+        return call(function, *args, **kwargs)
+
+    monkeypatch.setattr(shared, "_interpret_device_function", record)
+    gradients(ours([150], [160], window), inputs([150], [160], (1, 1)), torch.float32)
+
+    last, key = torch.arange(160)[:, None] + 10, torch.arange(160)
+    seen = (key <= last) & (key > last - (window or 999))
+    for names, blocks in (
+        (("_attend", "_dq_steps"), seen),  # rows past the document's end are computed with the others
+        (("_dkv_steps",), seen & (last < 160)),  # here they would be summed over
+    ):
+        blocks = blocks.unflatten(0, (10, 16)).unflatten(2, (10, 16)).transpose(1, 2).flatten(2)
+        whole, seen_at_all = blocks.all(-1).sum().item(), blocks.any(-1).sum().item()
+        for name in names:
+            assert (visited[name, False], visited[name, True]) == (whole, seen_at_all - whole)
 
 
 def test_wrong_inputs_are_named():
     q, k, v = inputs([4], [4])
-    with pytest.raises(ValueError, match="do not agree"):
-        attention(q, k[:, :, :8], v, bounds([4]), 4)
-    with pytest.raises(ValueError, match="window is 0"):
-        attention(q, k, v, bounds([4]), 4, window=0)
-    with pytest.raises(ValueError, match="4 queries but only 3 keys"):
-        attention(q, k, v, bounds([4]), 4, cu_seqlens_k=bounds([3]), max_seqlen_k=3)
+    cu, long = bounds([4]), bounds([4]).long()
+    cached = {"max_seqlen_k": 4}
+    for message, call in {
+        r"q has shape \(4, 64\)": lambda: attention(q.flatten(1), k, v, cu, 4),
+        "q is torch.int64": lambda: attention(q.long(), k, v, cu, 4),
+        "k is torch.bfloat16; allowed: torch.float32": lambda: attention(q, k.bfloat16(), v, cu, 4),
+        r"k has shape \(4, 2, 8\); expected \(\*, \*, 16\)": lambda: attention(q, k[:, :, :8], v, cu, 4),
+        "k is on meta; expected cpu": lambda: attention(q, k.to("meta"), v, cu, 4),
+        r"v has shape \(3, 2, 16\)": lambda: attention(q, k, v[:3], cu, 4),
+        "v is torch.float64": lambda: attention(q, k, v.double(), cu, 4),
+        r"q has shape \(4, 3, 16\) and k": lambda: attention(q[:, :3], k, v, cu, 4),
+        "q has 4 rows and k 3; cu_seqlens_k is needed": lambda: attention(q, k[:3], v[:3], cu, 4),
+        "cu_seqlens_q is torch.int64": lambda: attention(q, k, v, long, 4),
+        "cu_seqlens_q is on meta": lambda: attention(q, k, v, cu.to("meta"), 4),
+        r"cu_seqlens_q has shape \(1, 2\)": lambda: attention(q, k, v, cu[None], 4),
+        "cu_seqlens_q has 0 entries": lambda: attention(q, k, v, cu[:0], 4),
+        "cu_seqlens_q has 2 entries at stride 2; expected N \\+ 1, contiguous": lambda: attention(
+            q, k, v, bounds([2, 2])[::2], 4
+        ),
+        "cu_seqlens_q must ascend from 0 to 4": lambda: attention(q, k, v, bounds([3]), 4),
+        "cu_seqlens_k is torch.int64": lambda: attention(q, k, v, cu, 4, cu_seqlens_k=long, **cached),
+        r"cu_seqlens_k has shape \(3,\)": lambda: attention(
+            q, k, v, cu, 4, cu_seqlens_k=bounds([2, 2]), max_seqlen_k=4
+        ),
+        "max_seqlen_q is tensor": lambda: attention(q, k, v, cu, torch.tensor(4)),
+        "max_seqlen_q is 4.0": lambda: attention(q, k, v, cu, 4.0),
+        "max_seqlen_k is None": lambda: attention(q, k, v, cu, 4, cu_seqlens_k=cu.clone()),
+        "window is 0": lambda: attention(q, k, v, cu, 4, window=0),
+        "scale is -1": lambda: attention(q, k, v, cu, 4, scale=-1),
+        "4 queries but only 3 keys": lambda: attention(
+            q, k[:3], v[:3], cu, 4, **{**cached, "cu_seqlens_k": bounds([3])}
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"attention: {message}|a document has {message}"):
+            call()
