@@ -11,7 +11,6 @@ with a LoRA adapter applied to it.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,14 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from .method_table import (
-    BOOLEAN_PARAMETERS,
-    KNOWN_PARAMETERS,
-    METHODS,
-    METHODS_NOT_YET,
-    PARAMETERS_OF_OTHER_METHODS,
-    Scalar,
-)
+from .method_table import KNOWN_PARAMETERS, METHODS, PARAMETERS, Scalar
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -43,15 +35,15 @@ DType = Literal["float32", "float16", "bfloat16"]
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' for a mistyped name, or the list of what is allowed."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(known)}"
+    close = difflib.get_close_matches(str(name), known, n=2, cutoff=0.8) or difflib.get_close_matches(str(name), known, 1)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; allowed: {', '.join(known)}"
 
 
 class Setting(BaseModel):
     """One parameter as written: rules in order, each a substring filter on tensor names and a list of values.
 
     A scalar is a list of one. A list of numbers is a gradient, interpolated linearly over the layers; a list of
-    booleans selects the value whose position the layer has reached.
+    booleans or words selects the value whose position the layer has reached.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,11 +74,11 @@ class Setting(BaseModel):
             if pattern is None or pattern == "*" or pattern in tensor:
                 position = t * (len(values) - 1)
                 low = int(position)
-                if isinstance(values[low], bool | str):
-                    return values[low]
-                high = min(len(values) - 1, low + 1)
+                here, there = values[low], values[min(len(values) - 1, low + 1)]
+                if isinstance(here, bool | str) or isinstance(there, bool | str):
+                    return here
                 fraction = position - low
-                return (1 - fraction) * values[low] + fraction * values[high]
+                return (1 - fraction) * here + fraction * there
         return None
 
     @property
@@ -98,24 +90,7 @@ def _values(name: str, written: Any) -> tuple[Scalar, ...]:
     entries = written if isinstance(written, list) else [written]
     if not entries:
         raise ValueError(f"{name}: an empty list has no value")
-    return tuple(_scalar(name, entry) for entry in entries)
-
-
-def _scalar(name: str, written: Any) -> Scalar:
-    if name in BOOLEAN_PARAMETERS:
-        if written in (0, 1):  # also False, True, 0.0 and 1.0, which generated configurations contain
-            return bool(written)
-        raise ValueError(f"{name}: expected true or false, found {written!r}")
-    if isinstance(written, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            written = float(written)
-        except ValueError:
-            raise ValueError(f"{name}: expected a number, found {written!r}") from None
-    if isinstance(written, bool) or not isinstance(written, int | float) or not math.isfinite(written):
-        raise ValueError(f"{name}: expected a finite number, found {written!r}")
-    if name == "density" and not 0 <= written <= 1:
-        raise ValueError(f"density: must be between 0 and 1, found {written!r}")
-    return float(written)
+    return tuple(PARAMETERS[name].parse(name, entry) for entry in entries)
 
 
 Parameters = dict[str, Setting]
@@ -144,11 +119,7 @@ class _Section(BaseModel):
         for name in written:
             if name not in KNOWN_PARAMETERS:
                 raise ValueError(f"unknown parameter {name!r}{nearest(name, KNOWN_PARAMETERS)}")
-        return {
-            name: Setting.parse(name, value)
-            for name, value in written.items()
-            if value is not None and name not in PARAMETERS_OF_OTHER_METHODS
-        }
+        return {name: Setting.parse(name, value) for name, value in written.items() if value is not None}
 
 
 def _model_reference(written: Any) -> Any:
@@ -306,10 +277,8 @@ class MergeConfig(_Section):
     @field_validator("merge_method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method in METHODS_NOT_YET:
-            raise ValueError(f"{method!r} is not supported yet; supported: {', '.join(METHODS)}")
         if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}{nearest(method, [*METHODS, *METHODS_NOT_YET])}")
+            raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}")
         return method
 
     @field_validator("dtype", "out_dtype", mode="before")

@@ -30,8 +30,9 @@ from ..data.files import MANIFEST, atomic_folder, atomic_write, check_absent, ha
 from ..engine.safetensors_io import SafetensorsFolder, SafetensorsWriter
 from ..engine.weights import carried_files, write_model_manifest
 from .config import parse_config, read_yaml
+from .geometry import PARALLEL_COSINE
 from .method_table import METHODS
-from .methods import PARALLEL_COSINE, ROW, partial_sums
+from .methods import ROW, partial_sums
 from .plan import MergePlan, TensorPlan, plan_merge
 from .tensor_merge import Subject, Sums, TensorMerge
 
@@ -183,7 +184,7 @@ def _merge_tensor(
         "sha256": digest.hexdigest(),
         "models": reader.models,
         "parameters": tensor.parameters,
-        **_figures(tensor.operation, known, reader.models),
+        **_figures(tensor.operation, known, reader.models, tensor.base is not None),
         **method.figures(),
     }
     return record, known
@@ -193,7 +194,7 @@ def _subject(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> Subje
     models = tuple(
         str(plan.models[source.model].path) for position, source in enumerate(tensor.sources) if position != tensor.base
     )
-    return Subject(tensor.name, tensor.shape, tensor.parameters, models, 0, device)
+    return Subject(tensor.name, tensor.shape, tensor.parameters, models, 0, device, tensor.base is not None)
 
 
 class _Equal(TensorMerge):
@@ -251,7 +252,7 @@ class _Reader:
         if self.tensor.operation == "equal":
             return raw
         values = [x.to(torch.float32) for x in raw]
-        if self.vectors == "models":
+        if self.vectors == "models" or self.tensor.base is None:
             return values
         deltas = [x - values[0] for x in values[1:]]
         return [values[0], *deltas] if self.vectors == "deltas" else [*values, *deltas]
@@ -284,9 +285,11 @@ def _all_finite(x: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(x.to(torch.float32))) if x.numel() else True
 
 
-def _figures(operation: str, sums: Mapping[tuple[int, int], float], models: Sequence[int]) -> dict[str, Any]:
+def _figures(
+    operation: str, sums: Mapping[tuple[int, int], float], models: Sequence[int], based: bool
+) -> dict[str, Any]:
     """Norms and cosines from the dot products of one tensor, or from their sums over several; `models` are the numbers
-    of the models that the vectors stand for."""
+    of the models that the vectors stand for, `based` says whether the first is a base."""
 
     def norm(i: int) -> float:
         return math.sqrt(sums[i, i])
@@ -296,8 +299,8 @@ def _figures(operation: str, sums: Mapping[tuple[int, int], float], models: Sequ
 
     if not sums:
         return {}
-    if (vectors := METHODS[operation].carry_out.vectors) == "models":
-        return {"norms": [norm(i) for i, _ in sums]}
+    if (vectors := METHODS[operation].carry_out.vectors) == "models" or not based:
+        return {"norms": [norm(i) for i, j in sums if i == j]}
     first = 1 if vectors == "deltas" else len(models)
     deltas = range(first, first + len(models) - 1)
     figures: dict[str, Any] = {
@@ -326,9 +329,11 @@ def _layer_figures(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any], 
         group = groups.setdefault((tensor.layer, tuple(record["models"])), dict.fromkeys(sums, 0.0))
         for pair, value in sums.items():
             group[pair] += value
+    method = plan.config.merge_method
+    based = METHODS[method].has_base(plan.config.base_model is not None)
     ordered = sorted(groups.items(), key=lambda item: -1 if item[0][0] is None else item[0][0])
     return [
-        {"layer": layer, "models": list(models), **_figures(plan.config.merge_method, sums, models)}
+        {"layer": layer, "models": list(models), **_figures(method, sums, models, based)}
         for (layer, models), sums in ordered
     ]
 

@@ -222,7 +222,7 @@ class _Planner:
     def _check_count(self, stack: _Stack) -> None:
         method = METHODS[self.config.merge_method]
         least, most = method.models
-        based = method.base == "required"
+        based = method.has_base(self.config.base_model is not None)
         found = len(stack.models) - based
         if found < least or (most is not None and found > most):
             wanted = (
@@ -245,7 +245,7 @@ class _Planner:
             if count > 1:
                 self._error(f"{where}: {self.paths[model]} is listed {count} times")
         position = None
-        if METHODS[self.config.merge_method].base == "required":
+        if METHODS[self.config.merge_method].has_base(base is not None):
             if base is None or self.paths.index(base) not in models:
                 self._error(f"{where}: base_model {base} is not among the sources")
             else:
@@ -388,8 +388,6 @@ class _Planner:
         if None not in values.values() and None not in values.get("weight", []):
             self._check_values(values)
         values.pop("int8_mask", None)  # in mergekit the dtype of a temporary, without effect on the result
-        if values.pop("rescale", False):
-            self._error("ties: rescale: true is not supported yet")
         return values
 
     def _resolve(
@@ -408,9 +406,11 @@ class _Planner:
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         method = self.config.merge_method
+        for problem in METHODS[method].carry_out.check(values):
+            self._error(f"{method}: {problem}")
         if method == "slerp" and not 0 <= values["t"] <= 1:
             self.warnings[f"t = {values['t']:g} is outside [0, 1] and extrapolates"] += 1
-        if method == "slerp" or not values["normalize"]:
+        if not values.get("normalize"):
             return
         weights = values["weight"]
         total = math.fsum(weights)
@@ -422,7 +422,7 @@ class _Planner:
                 self.warnings[f"{text}: they are not divided"] += 1
         elif abs(total) < 0.05 * math.fsum(map(abs, weights)):
             self.warnings[f"weights {weights} nearly cancel: normalize multiplies by {1 / total:.3g}"] += 1
-        if method == "ties" and min(weights) < 0 < max(weights):
+        if METHODS[method].shared.get("ties_sign") and min(weights) < 0 < max(weights):
             self.warnings[f"weights {weights} of both signs under normalize: divisors can be near zero"] += 1
 
     # what goes beside the weights

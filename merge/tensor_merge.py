@@ -7,7 +7,7 @@ task vectors delta_i = M_i - B, else the models themselves, a base first where t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar, Literal
@@ -25,6 +25,7 @@ class Subject:
     parameters: resolved values: of the merge as a whole, and as lists, one entry per model that is not the base.
     models: what tells the models apart in random bits, in the order of the vectors without the base.
     seed: of the merge; random bits depend on (seed, name, model, element) and on nothing else.
+    based: whether one of the vectors is a base; only methods that can do without ask for it.
     """
 
     name: str
@@ -33,28 +34,39 @@ class Subject:
     models: tuple[str, ...]
     seed: int
     device: torch.device
+    based: bool = True
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row: the last dimension; a vector is one row."""
+        return self.shape[-1] if self.shape else 1
 
 
 class TensorMerge:
     """One tensor under one method. Subclasses say what they want to see and what they make of it.
 
     vectors: "models": the models, a required base B first; "deltas": B and the task vectors delta_i = M_i - B; "both":
-        B, the other models, and then the task vectors.
+        B, the other models, and then the task vectors. Where there is no base, always the models.
     looks: how often the whole tensor is read before it is merged.
     pieces: "any": pieces start at multiples of ROW elements and come in order; "rows": they hold whole rows of the last
         dimension (a vector is one row); "whole": there is one piece.
     """
 
     vectors: ClassVar[Literal["models", "deltas", "both"]] = "models"
-    pieces: ClassVar[Literal["any", "rows", "whole"]] = "any"
+    pieces: Literal["any", "rows", "whole"] = "any"
     looks = 0
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
+
+    @classmethod
+    def check(cls, parameters: Mapping[str, Any]) -> list[str]:
+        """What is wrong with resolved parameters that are each in their range, where one depends on another."""
+        return []
 
     def pairs(self, models: int) -> list[tuple[int, int]]:
         """Which dot products are gathered in the first reading, for figures and for `end_look`: positions of vectors.
@@ -64,7 +76,7 @@ class TensorMerge:
         Args:
             models: how many there are, the base included.
         """
-        if self.vectors == "models":
+        if self.vectors == "models" or not self.subject.based:
             return [(i, i) for i in range(models)]
         first = 1 if self.vectors == "deltas" else models
         last = first + models - 1

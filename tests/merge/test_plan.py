@@ -91,6 +91,7 @@ def test_a_models_parameter_goes_before_the_global_one(folder: Path) -> None:
     tensors = by_name(plan(folder, "ties", entries, base_model="base", parameters={"weight": 0.4, "density": 0.3}))
     assert tensors[UP_PROJ.format(0)].parameters == {
         "normalize": True, "lambda": 1.0, "weight": [0.9, 0.4], "density": [0.5, 0.3],
+        "rescale": "none", "ties_sign": "weighted", "topk_scope": "tensor",
     }  # fmt: skip
     assert tensors[Q_PROJ.format(0)].parameters["weight"] == [0.4, 0.4]
 
@@ -156,7 +157,11 @@ def test_all_problems_are_reported_together(folder: Path, tmp_path: Path) -> Non
         ("slerp", ["a", "b"], {"base_model": "base", "parameters": {"t": 0.5}}, "exactly 1 model besides the base"),
         ("slerp", ["a"], {"base_model": "base"}, "no value for the required parameter 't'"),
         ("ties", ["base"], {"base_model": "base"}, "ties: needs at least 1 model besides the base, found 0"),
-        ("ties", [weighted("a")], {"base_model": "base", "parameters": {"rescale": True}}, "rescale: true is not"),
+        ("ties", [weighted("a")], {"base_model": "base", "parameters": {"rescale": "elementwise"}}, "ties: rescale: "),
+        ("della", [weighted("a", density=0.9)], {"base_model": "base"}, "density 0.9 plus or minus epsilon 0.15 must"),
+        ("multislerp", [weighted("a"), weighted("b", -1)], {}, "sum to 0 under normalize_weights: true"),
+        ("nuslerp", [weighted("a")], {}, "nuslerp: needs exactly 2 models, found 1"),
+        ("chat_vector", ["a"], {"base_model": "base"}, "chat_vector: needs exactly 2 models besides the base, found 1"),
         ("linear", [weighted("a")], {"tokenizer_source": "b"}, "tokenizer_source: .*/b is not one of the merged"),
         ("linear", [weighted("nowhere")], {}, "model 'nowhere': no such folder"),
     ],
