@@ -193,7 +193,7 @@ def _match(
         rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         transposed = is_embedding or bool(config.get("fan_in_fan_out"))
-        made = (a[1], b[0]) if transposed else (b[0], a[1])
+        made = (a[-1], b[0]) if transposed else (b[0], a[-1])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or base.shape(target) != made:
             problems.append(f"{target}: {list(base.shape(target))} in the model, lora_A {list(a)}, lora_B {list(b)}")
         elif a[0] != rank:
