@@ -260,7 +260,10 @@ class TokenizerRule(_Section):
 
 
 class MergeConfig(_Section):
-    """A whole mergekit configuration: exactly one of `models`, `slices` and `modules`."""
+    """A whole mergekit configuration: exactly one of `models`, `slices` and `modules`.
+
+    random_seed: steep's own key, of the masks of dare and della; in mergekit an option of the command line.
+    """
 
     models: list[InputModel] = []
     slices: list[OutputSlice] = []
@@ -273,6 +276,7 @@ class MergeConfig(_Section):
     tokenizer_source: ModelPath | None = None
     tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
+    random_seed: int = Field(0, ge=0, lt=1 << 63, strict=True)
 
     @field_validator("merge_method")
     @classmethod

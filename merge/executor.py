@@ -192,9 +192,10 @@ def _merge_tensor(
 
 def _subject(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> Subject:
     models = tuple(
-        str(plan.models[source.model].path) for position, source in enumerate(tensor.sources) if position != tensor.base
+        plan.model_names[source.model] for position, source in enumerate(tensor.sources) if position != tensor.base
     )
-    return Subject(tensor.name, tensor.shape, tensor.parameters, models, 0, device, tensor.base is not None)
+    seed, based = plan.config.random_seed, tensor.base is not None
+    return Subject(tensor.name, tensor.shape, tensor.parameters, models, seed, device, based)
 
 
 class _Equal(TensorMerge):
@@ -223,7 +224,7 @@ class _Reader:
         self, plan: MergePlan, tensor: TensorPlan, method: TensorMerge, device: torch.device, chunk: int
     ) -> None:
         self.tensor, self.device, self.vectors = tensor, device, method.vectors
-        self.chunk = _piece(tensor, method.pieces, chunk)
+        self.chunk, self.unit = _piece(tensor, method, chunk), method.unit
         order = sorted(range(len(tensor.sources)), key=lambda position: position != tensor.base)  # the base goes first
         self.models = [tensor.sources[position].model for position in order]
         self._inputs: list[tuple[SafetensorsFolder, str]] = []
@@ -260,7 +261,7 @@ class _Reader:
     def add_products(self, vectors: Sequence[Tensor], sums: dict[tuple[int, int], list[float]]) -> None:
         """Append the partial dot products of one chunk. A square that is not finite uncovers NaN or infinity."""
         for i, j in self.pairs:
-            parts = partial_sums(vectors[i], vectors[j]).tolist()
+            parts = partial_sums(vectors[i], vectors[j], self.unit).tolist()
             if i == j and not all(map(math.isfinite, parts)):
                 self._refuse_not_finite()
             sums[i, j] += parts
@@ -272,12 +273,9 @@ class _Reader:
                 raise ValueError(f"{folder.file_of(name)}: {name} holds NaN or infinite values")
 
 
-def _piece(tensor: TensorPlan, pieces: str, chunk: int) -> int:
-    """Elements read at once: a multiple of ROW, whole rows, or everything, as the method needs."""
-    if pieces == "any":
-        return chunk
-    row = tensor.shape[-1] if tensor.shape else 1
-    return max(tensor.numel if pieces == "whole" else -(-chunk // max(row, 1)) * row, 1)
+def _piece(tensor: TensorPlan, method: TensorMerge, chunk: int) -> int:
+    """Elements read at once: a multiple of the method's unit, or everything."""
+    return max(tensor.numel if method.pieces == "whole" else -(-chunk // method.unit) * method.unit, 1)
 
 
 def _all_finite(x: Tensor) -> bool:

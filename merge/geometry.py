@@ -132,7 +132,7 @@ def _nuslerp_lines(a: Tensor, b: Tensor, t: float, along_first: bool) -> Tensor:
     lines = zip(*(values.reshape(-1).tolist() for values in dots), strict=True)
     weights = [nuslerp_weights({(0, 1): ab, (0, 0): aa, (1, 1): bb}, t) for ab, aa, bb in lines]
     shape = (2, *a.shape[:-1], 1) if a.ndim else (2,)
-    weight_a, weight_b = torch.tensor(weights, device=a.device).T.reshape(shape)
+    weight_a, weight_b = torch.tensor(weights, device=a.device).reshape(-1, 2).mT.reshape(shape)
     return a * weight_a + b * weight_b
 
 

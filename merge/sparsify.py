@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .methods import as_rows, sum_rows, tree_sum
+from .methods import as_rows, run_sums
 from .noise import WORDS, Noise, threshold
-from .tensor_merge import Subject
+from .tensor_merge import ROW, Subject, whole_rows
 
 Rescale = Literal["none", "l1", "inv_density", "elementwise"]
 SMALL_L1 = 1e-7
@@ -68,7 +68,7 @@ def della(delta: Tensor, density: float, epsilon: float, noise: Noise, rescale: 
     """
     columns = delta.shape[-1] if delta.ndim else 1
     masked = _by_rank(delta.reshape(-1), 0, columns, density, epsilon, noise, rescale).reshape(delta.shape)
-    return masked * rescale_factor(rescale, density, delta, masked, columns)
+    return masked * rescale_factor(rescale, density, delta, masked, whole_rows(columns))
 
 
 def della_problem(density: float, epsilon: float) -> str | None:
@@ -78,23 +78,14 @@ def della_problem(density: float, epsilon: float) -> str | None:
     return None
 
 
-def rescale_factor(
-    rescale: Rescale, density: float, delta: Tensor, masked: Tensor, columns: int | None = None
-) -> float:
+def rescale_factor(rescale: Rescale, density: float, delta: Tensor, masked: Tensor, unit: int = ROW) -> float:
     """By what a thinned task vector is multiplied; "elementwise" has been done where the elements were kept.
 
     Args:
-        columns: of a rule that sees whole rows: the sums then go along those.
+        unit: length of the runs that L1 norms are made of; `whole_rows` for a rule that sees whole rows.
     """
-    before, after = (math.fsum(_l1_parts(x.reshape(-1), columns)) for x in (delta, masked))
+    before, after = (math.fsum(run_sums(x.reshape(-1).abs(), unit).tolist()) for x in (delta, masked))
     return _factor(rescale, density, before, after)
-
-
-def _l1_parts(piece: Tensor, columns: int | None) -> list[float]:
-    """Sums of magnitudes that do not depend on where pieces begin."""
-    magnitudes = piece.abs()
-    sums = sum_rows(magnitudes) if columns is None else tree_sum(as_rows(magnitudes, columns))
-    return sums.tolist()
 
 
 def _factor(rescale: Rescale, density: float, before: float, after: float) -> float:
@@ -207,7 +198,7 @@ class Thinned:
         self._rescale: Rescale = parameters["rescale"]
         self._each = [kind(subject, position) for position in range(len(parameters["density"]))]
         self.pieces: Literal["any", "rows"] = "rows" if any(s.pieces == "rows" for s in self._each) else "any"
-        self._columns = subject.columns if self.pieces == "rows" else None
+        self._unit = subject.whole_rows if self.pieces == "rows" else ROW
         self._sparsifier_looks = max((sparsifier.looks for sparsifier in self._each), default=0)
         self.looks = self._sparsifier_looks + (self._rescale == "l1")
         self._before: list[list[float]] = [[] for _ in self._each]
@@ -219,8 +210,8 @@ class Thinned:
             if number < sparsifier.looks:
                 sparsifier.look(number, lo, delta)
             elif number == self._sparsifier_looks:
-                self._before[position] += _l1_parts(delta, self._columns)
-                self._after[position] += _l1_parts(sparsifier.keep(lo, delta), self._columns)
+                self._before[position] += run_sums(delta.abs(), self._unit).tolist()
+                self._after[position] += run_sums(sparsifier.keep(lo, delta).abs_(), self._unit).tolist()
 
     def end_look(self, number: int) -> None:
         for position, sparsifier in enumerate(self._each):

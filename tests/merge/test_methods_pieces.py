@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from steep import merge as m
 from steep.merge.method_table import METHODS
-from steep.merge.methods import ROW, partial_sums
+from steep.merge.methods import partial_sums
 from steep.merge.tensor_merge import Subject, TensorMerge
 from tests.merge.models import bits
 
@@ -143,12 +143,16 @@ def in_pieces(subject: Subject, method: type[TensorMerge], models: Tensors, size
     deltas = [x - flat[0] for x in flat[1:]]
     vectors = {"models": flat, "deltas": [flat[0], *deltas], "both": [*flat, *deltas]}[merging.vectors]
     vectors = vectors if subject.based else flat
-    unit = {"any": ROW, "rows": max(subject.columns, 1), "whole": max(subject.numel, 1)}[merging.pieces]
+    unit = max(subject.numel, 1) if merging.pieces == "whole" else merging.unit
     starts = [0]
     while starts[-1] < subject.numel:
         starts.append(starts[-1] + sizes[len(starts) % len(sizes)] * unit)
     spans = list(zip(starts, [*starts[1:-1], subject.numel])) or [(0, 0)]
-    sums = {(i, j): math.fsum(partial_sums(vectors[i], vectors[j]).tolist()) for i, j in merging.pairs(len(models))}
+    parts: dict[tuple[int, int], list[float]] = {pair: [] for pair in merging.pairs(len(models))}
+    for lo, hi in spans:
+        for (i, j), found in parts.items():
+            found += partial_sums(vectors[i][lo:hi], vectors[j][lo:hi], merging.unit).tolist()
+    sums = {pair: math.fsum(found) for pair, found in parts.items()}
     for number in range(merging.looks):
         for lo, hi in spans:
             merging.look(number, lo, [x[lo:hi] for x in vectors])
