@@ -1,8 +1,8 @@
 """Models with a LoRA adapter in PEFT's format, read as if the adapter had been merged into the weights.
 
-An `AdaptedModel` reads like a `SafetensorsFolder`: of an adapted tensor it gives weight + scale * (B @ A), in float32 and
-without ever writing the merged model; of a tensor that the adapter holds as a whole (`modules_to_save`, biases), that
-one. Touches the folders of model and adapter, read only. The result does not depend on how a tensor is cut into pieces.
+An `AdaptedModel` reads like a `SafetensorsFolder`: of an adapted tensor it gives weight + scale * (B @ A), in float32
+and without ever writing the merged model; of a tensor that the adapter holds as a whole (`modules_to_save`, biases),
+that one. Touches the folders of model and adapter, read only. The result does not depend on how a tensor is cut.
 
 LoRA: https://arxiv.org/abs/2106.09685; scale is alpha / r, or alpha / sqrt(r) with rsLoRA, https://arxiv.org/abs/2312.03732.
 """
@@ -151,7 +151,7 @@ def _read_config(adapter: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
         raise ValueError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base weights too; save the adapter as plain LoRA"
+            f"{path}: init_lora_weights is {start!r}, which changes the base weights; save it as plain LoRA"
         )
     for key in ("r", "lora_alpha"):
         if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
@@ -169,8 +169,8 @@ def _match(
     for name in stored.names:
         plain = name.removeprefix(_PREFIX)
         if match := _FACTOR.match(plain):
-            module = (match["module"], match["embedding"] is not None)
-            factors.setdefault(module, {})[match["side"]] = name
+            key = (match["module"], match["embedding"] is not None)
+            factors.setdefault(key, {})[match["side"]] = name
             continue
         target = plain.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
         if target not in base:

@@ -25,8 +25,8 @@ _ROWS = 1024  # read at once for the mean of all rows
 class TensorReader(Protocol):
     """The tensors of a model: a SafetensorsFolder, or what reads like one."""
 
-    path: Path
-
+    @property
+    def path(self) -> Path: ...
     @property
     def names(self) -> list[str]: ...
     @property

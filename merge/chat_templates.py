@@ -100,9 +100,9 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, s
         return NAMED[wanted], f"'{wanted}'"
     if "{" not in wanted:
         raise ValueError(f"chat_template: allowed: auto, {', '.join(NAMED)}, or a Jinja template; found {wanted!r}")
-    tokens = {"bos_token": "", "eos_token": ""}
+    messages, tokens = [{"role": "user", "content": "?"}], {"bos_token": "", "eos_token": ""}
     try:
-        render_chat_template(wanted, [{"role": "user", "content": "?"}], special_tokens=tokens)
+        render_chat_template(wanted, messages, add_generation_prompt=True, special_tokens=tokens)
     except ValueError as error:
         raise ValueError(f"chat_template: {error}") from None
     return wanted, "the configuration"

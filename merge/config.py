@@ -35,7 +35,8 @@ DType = Literal["float32", "float16", "bfloat16"]
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' for a mistyped name, or the list of what is allowed."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=2, cutoff=0.8) or difflib.get_close_matches(str(name), known, 1)
+    name = str(name)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.8) or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; allowed: {', '.join(known)}"
 
 

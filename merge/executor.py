@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import MANIFEST, atomic_folder, atomic_write, check_absent, hash_inputs, read_manifest
-from ..engine.safetensors_io import SafetensorsFolder, SafetensorsWriter
-from ..engine.weights import carried_files, write_model_manifest
+from ..data.files import atomic_folder, atomic_write, check_absent, hash_inputs, read_manifest
+from ..engine.safetensors_io import SafetensorsWriter
+from ..engine.weights import write_model_manifest
+from .arranged import TensorReader
 from .config import parse_config, read_yaml
 from .geometry import PARALLEL_COSINE
 from .method_table import METHODS
@@ -78,16 +79,16 @@ def merge(
     check_absent(out)
     if isinstance(config, Mapping):
         written, folder, sources = dict(config), None, []
-        plan = plan_merge(parse_config(written))
+        plan = plan_merge(parse_config(written), out=out)
     else:
         written, folder, sources = read_yaml(config), Path(config).resolve().parent, [Path(config)]
-        plan = plan_merge(parse_config(written, str(config)), folder)
+        plan = plan_merge(parse_config(written, str(config)), folder, out=out)
     for line in plan.summary():
         log(line)
 
     chunk = -(-(chunk_elements or CHUNK_ELEMENTS[where.type]) // ROW) * ROW
     workers = workers or min(MAX_WORKERS, torch.get_num_threads())
-    sources += [file for model in plan.models for file in _identity(model)]
+    sources += plan.input_files
     with atomic_folder(out) as building, _hashing(sources) as input_hashes:
         specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
         with SafetensorsWriter(building, specs, max_shard_bytes) as writer:
@@ -97,6 +98,8 @@ def merge(
             target = building / file.relative_to(donor)
             target.parent.mkdir(exist_ok=True)
             copyfile(file, target)
+        for name, text in plan.written.items():
+            atomic_write(building / name, text)
         straight = _straight_lines(plan, records)
         write_model_manifest(
             building,
@@ -108,7 +111,7 @@ def merge(
                 "values": sum(tensor.numel for tensor in plan.tensors),
                 "layers": _layer_figures(plan, records),
             },
-            models=[str(model.path) for model in plan.models],
+            models=list(plan.model_labels),
             donors={"config": str(plan.config_donor), "tokenizer": str(plan.tokenizer_donor)},
             notes=list(plan.notes),
             warnings=[*plan.warnings, *straight],
@@ -227,7 +230,7 @@ class _Reader:
         self.chunk, self.unit = _piece(tensor, method, chunk), method.unit
         order = sorted(range(len(tensor.sources)), key=lambda position: position != tensor.base)  # the base goes first
         self.models = [tensor.sources[position].model for position in order]
-        self._inputs: list[tuple[SafetensorsFolder, str]] = []
+        self._inputs: list[tuple[TensorReader, str]] = []
         self._buffers = []
         for position in order:
             folder, name = plan.models[tensor.sources[position].model], tensor.sources[position].name
@@ -352,12 +355,6 @@ def _device(name: str) -> torch.device:
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r}, but torch finds no CUDA device here")
     return torch.device(name)
-
-
-def _identity(model: SafetensorsFolder) -> list[Path]:
-    """The files whose hashes say which model it was: its manifest if it has one, else weights and what goes along."""
-    manifest = model.path / MANIFEST
-    return [manifest] if manifest.is_file() else [*model.files, *carried_files(model.path)]
 
 
 @contextmanager

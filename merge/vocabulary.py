@@ -138,7 +138,8 @@ def build_vocabulary(
         {"id": index, "content": token} | {key: value for key, value in entry.items() if key not in ("id", "content")}
         for index, (token, entry) in enumerate(entries.items(), donor.end)
     )
-    ids = dict(sorted(donor.ids.items(), key=lambda item: item[1])) | {entry["content"]: entry["id"] for entry in added}
+    ids = dict(sorted(donor.ids.items(), key=lambda item: item[1]))
+    ids |= {str(entry["content"]): index for index, entry in enumerate(added, donor.end)}
     return OutputVocabulary(donor, ids, added, 0 if multiple else keep_rows, multiple)
 
 
@@ -194,8 +195,8 @@ def row_maps(
     averaged = is_token & (present.sum(axis=0) > 1) & ~present.all(axis=0)
     if base is not None:
         averaged &= own[base] < 0
-    means = []
-    for index in np.flatnonzero(averaged):
+    means: list[tuple[tuple[int, int], ...]] = []
+    for index in np.flatnonzero(averaged).tolist():
         default_model[index], default_row[index] = MEAN, len(means)
         means.append(tuple((model, int(own[model][index])) for model in models if own[model][index] >= 0))
 
