@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 app = typer.Typer(
     name="steep",
@@ -135,7 +136,22 @@ def train(
     run(recipe, overrides or [])
 
 
-@app.command()
+class _MergeGroup(typer.core.TyperGroup):
+    """`steep merge CONFIG OUT` beside the commands of `steep merge`: what is no command's name begins a merge."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["run", *args])
+
+
+merge_app = typer.Typer(
+    help="Merge models by a mergekit YAML: steep merge CONFIG OUT. A file named as a command: ./NAME.",
+    cls=_MergeGroup,
+    no_args_is_help=True,
+)
+app.add_typer(merge_app, name="merge")
+
+
+@merge_app.command("run")
 def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
@@ -145,6 +161,22 @@ def merge(
     from ..merge import merge as run
 
     _print_json(run(config, out, device=device, log=print)["figures"])
+
+
+@merge_app.command("plan")
+def merge_plan(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also check the place where the result shall lie.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A line for every tensor, not for every kind.")] = False,
+) -> None:
+    """What a merge would do, from headers alone: every tensor, donor and parameter, or every error."""
+    from rich.console import Console
+
+    from ..merge.plan_view import plan_file, show_plan
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for part in show_plan(plan_file(config, out), every_tensor=tensors):
+        console.print(part)
 
 
 @app.command("eval")

@@ -104,23 +104,28 @@ class _Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, written: Any) -> Any:
+    def _without_nulls(cls, written: Any) -> Any:
         if not isinstance(written, Mapping):
             raise ValueError(f"expected a mapping, found {written!r}")
-        for key in written:
-            if key not in cls.model_fields:
-                raise ValueError(f"unknown key {key!r}{nearest(key, cls.model_fields)}")
-        return {key: value for key, value in written.items() if value is not None}  # null means absent
+        return {str(key): value for key, value in written.items() if value is not None}  # null means absent
 
     @field_validator("parameters", mode="before", check_fields=False)
     @classmethod
     def _known_parameters(cls, written: Any) -> Parameters:
         if not isinstance(written, Mapping):
             raise ValueError(f"expected a mapping of parameters, found {written!r}")
-        for name in written:
+        found, problems = {}, []
+        for name, value in written.items():
             if name not in KNOWN_PARAMETERS:
-                raise ValueError(f"unknown parameter {name!r}{nearest(name, KNOWN_PARAMETERS)}")
-        return {name: Setting.parse(name, value) for name, value in written.items() if value is not None}
+                problems.append(f"unknown parameter {name!r}{nearest(name, KNOWN_PARAMETERS)}")
+            elif value is not None:
+                try:
+                    found[name] = Setting.parse(name, value)
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return found
 
 
 def _model_reference(written: Any) -> Any:
@@ -231,7 +236,10 @@ def _token_source(written: Any) -> Any:
     kinds: dict[Any, type[_Section]] = {"model_token": TokenOfModel, "zero": Zero}
     if written["kind"] not in kinds:
         raise ValueError(f"unknown kind {written['kind']!r}{nearest(written['kind'], kinds)}")
-    return kinds[written["kind"]].model_validate(written)
+    try:
+        return kinds[written["kind"]].model_validate(written)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problems(error, kinds[written["kind"]]))) from None
 
 
 class TokenRule(_Section):
@@ -354,12 +362,31 @@ def parse_config(written: Mapping[str, Any], where: str = "merge configuration")
     try:
         return MergeConfig.model_validate(written)
     except ValidationError as error:
-        problems = []
-        for detail in error.errors():
-            key = ".".join(str(part) for part in detail["loc"])
-            message = detail["msg"].removeprefix("Value error, ")
-            problems.append(f"{key}: {message}" if key else message)
-        raise ValueError(f"{where}: " + "; ".join(problems)) from None
+        raise ValueError(f"{where}: " + "; ".join(_problems(error, MergeConfig))) from None
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "models": InputModel,
+    "slices": OutputSlice,
+    "sources": InputSlice,
+    "modules": Module,
+    "tokenizer": TokenizerRule,
+    "tokens": TokenRule,
+}
+
+
+def _problems(error: ValidationError, section: type[_Section]) -> list[str]:
+    """Every mistake with its key's path; `section` is what was read."""
+    found = []
+    for detail in error.errors():
+        path, message = list(detail["loc"]), detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            *path, key = path
+            within = next((_SECTIONS[part] for part in reversed(path) if part in _SECTIONS), section)
+            message = f"unknown key {key!r}{nearest(str(key), within.model_fields)}"
+        where = ".".join(map(str, path))
+        found.append(f"{where}: {message}" if where else message)
+    return found
 
 
 def resolve_model(model: str, folder: Path | None) -> tuple[Path, Path | None]:

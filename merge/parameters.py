@@ -41,7 +41,8 @@ class Resolver:
                 for position, (model, scopes) in enumerate(zip(stack.models, stack.model_scopes))
                 if position != stack.base
             ]
-        if not any(value is None or (isinstance(value, list) and None in value) for value in found.values()):
+        lists = [value if isinstance(value, list) else [value] for value in found.values()]
+        if all(lists) and not any(None in values for values in lists):
             self._check(found)
         found.pop("int8_mask", None)  # in mergekit the dtype of a temporary, without effect on the result
         return found
