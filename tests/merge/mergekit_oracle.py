@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+adapters = str(Path(sys.argv[1]).with_name("merged_adapters"))
+options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, lora_merge_cache=adapters)
 for yaml_file, out in json.loads(Path(sys.argv[1]).read_text()):
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(Path(yaml_file).read_text())), out, options)
