@@ -17,6 +17,7 @@ from steep.merge.methods import partial_sums
 from steep.merge.tensor_merge import Subject, TensorMerge
 from tests.merge.models import bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Tensors = list[torch.Tensor]
 Whole = Callable[[torch.Tensor, Tensors, Tensors, dict[str, Any]], torch.Tensor]
 NAME, MODELS, SEED = "model.layers.1.mlp.up_proj.weight", ("a", "b", "c"), 17
