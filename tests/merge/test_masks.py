@@ -29,7 +29,7 @@ def within(found: float, trials: int, probability: float, deviations: float = 4.
 def test_bits_are_philox_of_a_hash_of_seed_tensor_and_model() -> None:
     """Pinned: another key would change every merge that was ever made."""
     noise = Noise.of(7, NAME, "models/a")
-    assert (noise.key, noise.stream) == (0xd77e76b1c9932c3b, 0xf5f26e7e73a7e8fc)
+    assert (noise.key, noise.stream) == (0xD77E76B1C9932C3B, 0xF5F26E7E73A7E8FC)
     mask = noise.below(100, threshold(0.25), 50)
     assert torch.equal(mask, (philox_bits(noise.key, noise.stream, 100, 50) < WORDS // 4).float())
     assert torch.equal(noise.below(0, threshold(0.25), 150)[100:], mask)
@@ -127,7 +127,14 @@ def test_della_of_rows_of_one_and_of_vectors() -> None:
 
 @pytest.mark.parametrize(
     ("density", "epsilon", "fine"),
-    [(0.5, 0.15, True), (0.1, 0.15, False), (0.9, 0.15, False), (1.0, 0.15, True), (0.0, 0.15, True), (0.5, 0.5, False)],
+    [
+        (0.5, 0.15, True),
+        (0.1, 0.15, False),
+        (0.9, 0.15, False),
+        (1.0, 0.15, True),
+        (0.0, 0.15, True),
+        (0.5, 0.5, False),
+    ],
 )
 def test_della_probabilities_lie_between_zero_and_one(density: float, epsilon: float, fine: bool) -> None:
     assert (della_problem(density, epsilon) is None) == fine
