@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from steep import merge as m
 from steep.merge.method_table import METHODS
 from steep.merge.methods import partial_sums
 from steep.merge.tensor_merge import Subject, TensorMerge
-from tests.merge.models import bits
+from tests.merge.models import bits, random_tensors, sibling, write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Tensors = list[torch.Tensor]
 Whole = Callable[[torch.Tensor, Tensors, Tensors, dict[str, Any]], torch.Tensor]
 NAME, MODELS, SEED = "model.layers.1.mlp.up_proj.weight", ("a", "b", "c"), 17
@@ -162,6 +164,49 @@ def in_pieces(subject: Subject, method: type[TensorMerge], models: Tensors, size
     return merged.view(subject.shape)
 
 
+@pytest.mark.parametrize("case", ["tsv_m", "iso_c", "ties", "della", "nuslerp_rows", "arcee_fusion"])
+def test_threads_leave_no_trace(case: str) -> None:
+    """Of what torch computes in threads; everything else is elementwise."""
+    method, given_parameters, whole, _ = CASES[case]
+    count = min(3, METHODS[method].models[1] or 3)
+    base, others = inputs((300, 400), count, coarse=False)
+    parameters = parameters_of(method, given_parameters, count)
+    found = set()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.add(bits(whole(base, others, [x - base for x in others], parameters)))
+    torch.set_num_threads(1)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_does_not_depend_on_chunks_workers_or_shards(method: str, models: Path, tmp_path: Path) -> None:
+    """Neither do the figures in its manifest."""
+    described = METHODS[method]
+    names = ["a", "b", "c"][: described.models[1]]
+    required = {name: 0.3 for name, value in described.shared.items() if value is None}
+    config = {
+        "merge_method": method,
+        "models": [{"model": str(models / name), "parameters": {}} for name in names],
+        "parameters": required | {"weight": 0.6, "density": 0.5},
+    }
+    if described.base == "required":
+        config["base_model"] = str(models / "base")
+    runs = [{}, {"chunk_elements": 4096, "workers": 3}, {"chunk_elements": 20_000, "max_shard_bytes": 100_000}]
+    manifests = [m.merge(config, tmp_path / str(number), **run) for number, run in enumerate(runs)]
+    for manifest in manifests[1:]:
+        assert manifest["tensors"] == manifests[0]["tensors"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base = random_tensors(0, layers=1)
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        write_model(folder / name, sibling(base, seed) if seed else base, dtype=torch.bfloat16, num_hidden_layers=1)
+    return folder
+
+
 def test_every_method_has_a_case() -> None:
     assert {method for method, *_ in CASES.values()} == METHODS.keys()
 
@@ -186,4 +231,5 @@ def test_pieces_leave_no_trace(case: str, shape: tuple[int, ...], sizes: list[in
     expected = whole(base, others, deltas, parameters)
     merged = in_pieces(subject, METHODS[method].carry_out, [base, *others] if based else others, sizes)
     assert merged.dtype == torch.float32
-    assert bits(merged) == bits(expected)
+    same = bits(merged) == bits(expected)  # pytest would explain a difference of bytes for minutes
+    assert same
