@@ -185,6 +185,18 @@ class SafetensorsFolder:
             raise ValueError(f"{name}: elements [{lo}, {lo + out.numel()}) of {entry.numel}")
         return self._read(entry, lo, out)
 
+    def will_read(self, name: str, lo: int, count: int) -> None:
+        """Tell the system that `count` elements from `lo` on, or those there are, will be read soon: it reads ahead."""
+        entry = self._entry(name)
+        if hasattr(os, "posix_fadvise") and (count := min(count, entry.numel - lo)) > 0:
+            first, size = entry.offset + lo * entry.dtype.itemsize, count * entry.dtype.itemsize
+            os.posix_fadvise(self._descriptors[entry.file], first, size, os.POSIX_FADV_WILLNEED)
+
+    def end_of(self, name: str) -> int:
+        """The position in its file at which a tensor's bytes end."""
+        entry = self._entry(name)
+        return entry.offset + entry.numel * entry.dtype.itemsize
+
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""
         view = _bytes_of(out)

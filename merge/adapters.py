@@ -135,6 +135,16 @@ class AdaptedModel:
         a, b = (self._stored.get(factor).to(torch.float32) for factor in (low_rank.a, low_rank.b))
         return (a.T.contiguous(), b.T.contiguous()) if low_rank.transposed else (b, a)
 
+    def will_read(self, name: str, lo: int, count: int) -> None:
+        if name in self._replaced:
+            self._stored.will_read(self._replaced[name], lo, count)
+        else:
+            self.base.will_read(name, lo, count)
+
+    def end_of(self, name: str) -> int:
+        """In `file_of(name)`."""
+        return self._stored.end_of(self._replaced[name]) if name in self._replaced else self.base.end_of(name)
+
     def close(self) -> None:
         self.base.close()
         self._stored.close()

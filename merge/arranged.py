@@ -40,6 +40,8 @@ class TensorReader(Protocol):
         """Fill `out`, contiguous, 1-D, on the CPU, of `dtype(name)`, with the flat elements [lo, lo + len(out))."""
         ...
 
+    def will_read(self, name: str, lo: int, count: int) -> None: ...
+    def end_of(self, name: str) -> int: ...
     def close(self) -> None: ...
 
 
@@ -132,9 +134,12 @@ class ArrangedModel:
         """For an arranged tensor the file of the model's own rows, else of the first that gives any."""
         if name not in self.arranged:
             return self.base.file_of(name)
+        model = self._first_model(name)
+        return self.models[model].file_of(self.arranged[name].tensors[model])
+
+    def _first_model(self, name: str) -> int:
         tensors = self.arranged[name].tensors
-        own = next((model for model in tensors if self.models[model] is self.base), next(iter(tensors)))
-        return self.models[own].file_of(tensors[own])
+        return next((model for model in tensors if self.models[model] is self.base), next(iter(tensors)))
 
     def read_into(self, name: str, lo: int, out: Tensor) -> Tensor:
         if name not in self.arranged:
@@ -158,6 +163,17 @@ class ArrangedModel:
             else:
                 part.copy_(self._padding_row(name)[torch.arange(skipped, skipped + part.numel()) % columns])
         return out
+
+    def will_read(self, name: str, lo: int, count: int) -> None:
+        if name not in self.arranged:
+            self.base.will_read(name, lo, count)
+
+    def end_of(self, name: str) -> int:
+        """In `file_of(name)`."""
+        if name not in self.arranged:
+            return self.base.end_of(name)
+        model = self._first_model(name)
+        return self.models[model].end_of(self.arranged[name].tensors[model])
 
     def close(self) -> None:
         self.base.close()

@@ -13,7 +13,7 @@ from ..data.chat_template import render_chat_template
 from ..data.files import read_json
 
 _HEADER = "'<|start_header_id|>' ~ {} ~ '<|end_header_id|>\\n\\n'"
-# The names that mergekit has, written to say the same. In Jinja the line break after a block belongs to the block.
+# The names that mergekit has. Of llama3 and exaone mergekit's own leave line breaks and indents of the file in the text.
 NAMED = {
     "chatml": """\
 {% for message in messages %}
@@ -34,7 +34,7 @@ NAMED = {
     "mistral": """\
 {% set with_system = messages[0].role == 'system' %}
 {{ bos_token }}
-{%- for message in messages[1:] if with_system else messages %}
+{%- for message in (messages[1:] if with_system else messages) %}
 {% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}
 {{ raise_exception('after an optional system message, user and assistant must take turns') }}
 {%- elif message.role == 'assistant' %}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from steep.cli.app import app
 from steep.merge import MergePlan, TensorPlan, parse_config, plan_merge
 from steep.merge.findings import PlanError, abbreviate
 from steep.merge.layers import layer_index, part_of
-from tests.merge.models import random_tensors, sibling, write_model
+from tests.merge.models import random_tensors, sibling, write_model, write_yaml
 
 Q_PROJ, UP_PROJ = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight"
 
@@ -246,3 +249,102 @@ def test_tokenizers_that_disagree(tmp_path: Path) -> None:
     chosen = plan(tmp_path, "linear", [weighted("one"), weighted("same_and_more")], tokenizer_source="same_and_more")
     assert chosen.config_donor.name == "one"
     assert [file.name for donor, file in chosen.carried if donor.name == "same_and_more"] == ["tokenizer.json"]
+
+
+def test_every_error_is_reported_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    """A broken header, a pickle, a missing folder, an odd tensor, a zero sum, an output in use: all in one message."""
+    write_model(tmp_path / "lies", random_tensors(0), shards=3)
+    for number in (1, 3):
+        shard = tmp_path / "lies" / f"model-0000{number}-of-00003.safetensors"
+        data = bytearray(shard.read_bytes())
+        place = data.index(b'"data_offsets":[') + len(b'"data_offsets":[')
+        data[place : place + 1] = b"9"
+        shard.write_bytes(data)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    tensors = sibling(random_tensors(0), 1)
+    for layer in range(3):
+        del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
+    write_model(tmp_path / "lacks", tensors)
+    names = ["lies", "pickled", "nowhere", "lacks"]
+    entries = [*({"model": str(tmp_path / name)} for name in names), weighted(str(folder / "base"), -3.0)]
+    written = {"merge_method": "linear", "models": entries, "parameters": {"weight": 1.0}, "chat_template": "chatlm"}
+    with pytest.raises(PlanError) as error:
+        plan_merge(parse_config(written), out=tmp_path)
+    text = str(error.value)
+    for message in (
+        "model-00001-of-00003.safetensors: ",
+        "model-00003-of-00003.safetensors: ",
+        "pytorch_model.bin is a pickle",
+        "nowhere': no such folder",
+        f"model.layers.{{0-2}}.mlp.up_proj.weight: not in {tmp_path / 'lacks'}",
+        f"{tmp_path}: holds the input",
+        "chat_template: allowed: auto",
+    ):
+        assert message in text
+    assert len(error.value.problems) >= 7
+
+
+def test_the_place_of_the_result(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = parse_config({"merge_method": "linear", "models": [weighted("a"), weighted("b")]})
+    assert plan_merge(parsed, folder, out=tmp_path / "new" / "deep").tensors
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("x")
+    for out, message in (
+        (folder / "a", "is an input of the merge"),
+        (folder / "a" / "merged", "lies in the input"),
+        (tmp_path / "used", "already exists and is not empty"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            plan_merge(parsed, folder, out=out)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(PlanError, match=r"GB are needed, the disk of .* has 0.00 GB free"):
+        plan_merge(parsed, folder, out=tmp_path / "new")
+
+
+def test_layers_of_the_configuration_follow_slices(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    for name in ("a", "b"):
+        write_model(tmp_path / name, random_tensors(0), layer_types=kinds, max_window_layers=3)
+    slices = [
+        {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "b", "layer_range": [1, 3]}]},
+    ]
+    found = plan_merge(parse_config({"merge_method": "passthrough", "slices": slices}), tmp_path)
+    assert found.config_json["num_hidden_layers"] == found.config_json["max_window_layers"] == 4
+    assert found.config_json["layer_types"] == [kinds[0], kinds[1], kinds[1], kinds[2]]
+    source = by_name(found)[UP_PROJ.format(3)].sources[0]
+    assert (source.model, source.name) == (1, UP_PROJ.format(2))
+    assert by_name(found)["lm_head.weight"].sources[0].model == 1
+
+
+def test_experts_stay_as_they_are_on_disk(tmp_path: Path) -> None:
+    shape = {f"model.layers.{layer}.block_sparse_moe.experts.{e}.w1.weight": (8, 4) for layer in (0, 1) for e in (0, 1)}
+    for name in ("a", "b"):
+        write_model(tmp_path / name, {key: torch.zeros(size) for key, size in shape.items()}, num_hidden_layers=2)
+    models = [weighted("a"), weighted("b", [{"filter": "experts.1", "value": 2}])]
+    tensors = by_name(plan(tmp_path, "linear", models, parameters={"weight": 1}))
+    assert tensors.keys() == shape.keys()
+    assert tensors["model.layers.1.block_sparse_moe.experts.1.w1.weight"].parameters["weight"] == [1, 2]
+    assert tensors["model.layers.1.block_sparse_moe.experts.0.w1.weight"].layer == 1
+
+
+def test_filters_that_match_nothing_are_noted(folder: Path) -> None:
+    found = plan(folder, "linear", [weighted("a"), weighted("b", [{"filter": "mpl", "value": 2}, {"value": [1, 3]}])])
+    assert "weight: the filter 'mpl' is in no tensor's name" in found.warnings
+    assert any("take the gradient's first value" in note for note in found.notes)
+
+
+def test_the_command_prints_the_plan_and_every_error(folder: Path, tmp_path: Path) -> None:
+    written = {"merge_method": "linear", "models": [weighted(str(folder / "a")), weighted(str(folder / "b"), [0, 1])]}
+    path = write_yaml(tmp_path / "merge.yaml", written)
+    result = CliRunner().invoke(app, ["merge", "plan", str(path)])
+    assert result.exit_code == 0
+    assert "model.layers.{0-2}.mlp.up_proj.weight" in result.output
+    assert "[1, 0] → [1, 0.5] → [1, 1]" in result.output
+    write_yaml(path, written | {"dtpye": "float32"})
+    result = CliRunner().invoke(app, ["merge", "plan", str(path), "--out", str(folder)])
+    assert "did you mean 'dtype'" in str(result.exception)
+    assert "already exists and is not empty" in str(result.exception)
