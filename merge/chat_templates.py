@@ -13,7 +13,7 @@ from ..data.chat_template import render_chat_template
 from ..data.files import read_json
 
 _HEADER = "'<|start_header_id|>' ~ {} ~ '<|end_header_id|>\\n\\n'"
-# The names that mergekit has. Of llama3 and exaone mergekit's own leave line breaks and indents of the file in the text.
+# The names that mergekit has, without the line breaks and indents that some of its files leave in the text.
 NAMED = {
     "chatml": """\
 {% for message in messages %}

@@ -84,18 +84,17 @@ class Inputs:
         self.folder, self.findings = folder, findings
         self.models: list[Input] = []
         self._numbers: dict[tuple[Path, Path | None], int] = {}
-        self._not_found: set[str] = set()
 
-    def number(self, written: str) -> int | None:
-        """The model's number; None if there is no such folder, which is then among the errors."""
-        if written in self._not_found:
-            return None
+    def number(self, written: str) -> int:
+        """The model's number. One whose folder is not there has a number too, so that all else is looked at."""
         try:
             key = resolve_model(written, self.folder)
         except FileNotFoundError as error:
             self.findings.error(str(error))
-            self._not_found.add(written)
-            return None
+            key = (Path(written), None)
+            if key not in self._numbers:
+                self._numbers[key] = len(self.models)
+                self.models.append(Input(written, *key, {}, None, None))
         if key not in self._numbers:
             self._numbers[key] = len(self.models)
             self.models.append(self._open(written, *key))

@@ -160,12 +160,8 @@ class _Planner:
         self.origins: list[list[tuple[int, int]]] = []  # of the layers of the text model under slices
 
     def plan(self, out: Path | None) -> MergePlan:
-        parts = [part for part in self._parts() if part.stacks]
+        parts = self._parts()
         models, findings = self.inputs.models, self.findings
-        if not models or not parts:
-            if out is not None:
-                check_output(out, models, 0, findings)
-            findings.raise_errors()
         self.readers = [model.reader for model in models]
         self.inputs.compare(same_depth=not any(part.sliced for part in parts))
         self._check_layer_counts()
@@ -250,7 +246,7 @@ class _Planner:
         if self.config.base_model is not None and base is not None and base not in known:
             sources.append((self.config.base_model, ({}, *scopes)))
         stack = self._stack(where, sources, self.config.base_model, 0, None, [0] * len(sources), scopes)
-        return _Part(name, (stack,) if stack else (), False)
+        return _Part(name, (stack,), False)
 
     def _sliced(
         self, where: str, name: str | None, slices: Sequence[OutputSlice], scopes: tuple[Parameters, ...]
@@ -264,8 +260,7 @@ class _Planner:
             base = output.base_model or self.config.base_model
             stack = self._stack(f"{where}.{number}", sources, base, first, count, begins, own)
             first += count
-            if stack:
-                stacks.append(stack)
+            stacks.append(stack)
         return _Part(name, tuple(stacks), True)
 
     def _stack(
@@ -277,12 +272,9 @@ class _Planner:
         count: int | None,
         begins: Sequence[int],
         scopes: tuple[Parameters, ...],
-    ) -> Stack | None:
-        """Of the sources that are there; those that are not are among the errors. None if there are none."""
-        found = [self._number(written) for written, _ in sources]
-        here = [position for position, model in enumerate(found) if model is not None]
+    ) -> Stack:
         base_number = self._number(base)
-        models = [model for model in found if model is not None]
+        models = [self.inputs.number(written) for written, _ in sources]
         for model, times in Counter(models).items():
             if times > 1:
                 self.findings.error(f"{where}: {self.inputs.models[model].label} is listed {times} times")
@@ -292,12 +284,10 @@ class _Planner:
             self.findings.error(f"{where}: base_model {self.inputs.models[base_number].label} is not among the sources")
         elif based and base_number is not None:
             position = models.index(base_number)
-        self._check_count(where, len(found) - based, based)
-        if not models:
-            return None
+        self._check_count(where, len(models) - based, based)
         configured = base_number if base_number in models else None
-        begins, model_scopes = tuple(begins[i] for i in here), tuple(sources[i][1] for i in here)
-        return Stack(where, tuple(models), position, configured, first, count, begins, scopes, model_scopes)
+        model_scopes = tuple(written for _, written in sources)
+        return Stack(where, tuple(models), position, configured, first, count, tuple(begins), scopes, model_scopes)
 
     def _check_count(self, where: str, found: int, based: bool) -> None:
         least, most = self.method.models
@@ -448,6 +438,7 @@ class _Planner:
         """One output tensor; `names` are those of the sources, `position` the depth of gradients."""
         findings, models = self.findings, self.inputs.models
         stored = {model: self.aliases[model].get(n, n) for model, n in zip(stack.models, names)}
+        parameters = self.resolver.values(stack, name, names, position)
         present = {}
         for model, n in stored.items():
             reader = self.readers[model]
@@ -495,7 +486,7 @@ class _Planner:
             base=stack.base,
             layer=layer,
             operation=self.config.merge_method,
-            parameters=self.resolver.values(stack, name, names, position),
+            parameters=parameters,
         )
 
     def _shape_error(self, name: str, shapes: Mapping[int, tuple[int, ...]]) -> None:

@@ -134,7 +134,8 @@ def write_tokenizer(folder: Path, tokens: list[str], added: Mapping[str, int]) -
         for token, index in added.items()
     ]  # fmt: skip
     model = {"type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)}, "merges": [],
-             "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+             "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+             "fuse_unk": False,
              "byte_fallback": False, "ignore_merges": False}  # fmt: skip
     written = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": entries, "normalizer": None,
                "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model}  # fmt: skip

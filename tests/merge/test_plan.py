@@ -268,7 +268,7 @@ def test_every_error_is_reported_before_anything_is_written(folder: Path, tmp_pa
         del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
     write_model(tmp_path / "lacks", tensors)
     names = ["lies", "pickled", "nowhere", "lacks"]
-    entries = [*({"model": str(tmp_path / name)} for name in names), weighted(str(folder / "base"), -3.0)]
+    entries = [*({"model": str(tmp_path / name)} for name in names), weighted(str(folder / "base"), -4.0)]
     written = {"merge_method": "linear", "models": entries, "parameters": {"weight": 1.0}, "chat_template": "chatlm"}
     with pytest.raises(PlanError) as error:
         plan_merge(parse_config(written), out=tmp_path)
@@ -279,11 +279,12 @@ def test_every_error_is_reported_before_anything_is_written(folder: Path, tmp_pa
         "pytorch_model.bin is a pickle",
         "nowhere': no such folder",
         f"model.layers.{{0-2}}.mlp.up_proj.weight: not in {tmp_path / 'lacks'}",
+        "weights [1.0, 1.0, 1.0, 1.0, -4.0] sum to 0 under normalize: true",
         f"{tmp_path}: holds the input",
         "chat_template: allowed: auto",
     ):
         assert message in text
-    assert len(error.value.problems) >= 7
+    assert len(error.value.problems) >= 8
 
 
 def test_the_place_of_the_result(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_an_adapted_tensor_is_the_weight_and_the_scaled_product(
         (factors(), {"r": 0}, "r is 0; allowed: a number above 0"),
         (factors(3), {}, "rank 3, by adapter_config.json it should be 2"),
         (dict([next(iter(factors().items()))]), {}, "the other of lora_A and lora_B is missing"),
-        ({name: x.flatten() for name, x in factors().items()}, {}, r"q_proj.weight: \[64, 64\] in the model, lora_A \[128"),
+        ({name: x.flatten() for name, x in factors().items()}, {}, r"\[64, 64\] in the model, lora_A \[128"),
         ({"base_model.model.model.layers.9.mlp.weight": torch.ones(2)}, {}, "the model has no tensor model.layers.9"),
     ],
 )  # fmt: skip
