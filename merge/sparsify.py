@@ -238,6 +238,7 @@ class Thinned:
         self.factors = [_factor(self._rescale, sparsifier.density, 0.0, 0.0) for sparsifier in self._each]
 
     def look(self, number: int, lo: int, deltas: Sequence[Tensor]) -> None:
+        assert lo % self._unit == 0, "the L1 norm would depend on the pieces"
         for position, (sparsifier, delta) in enumerate(zip(self._each, deltas, strict=True)):
             if number < sparsifier.looks:
                 sparsifier.look(number, lo, delta)
