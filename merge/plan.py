@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..data.files import read_json
+from ..engine.model_files import carried_files
 from ..engine.safetensors_io import SafetensorsFolder
-from ..engine.weights import carried_files
 from .config import MergeConfig, Parameters, resolve_model_path
 from .method_table import METHODS, Scalar
 from .methods import SMALL_WEIGHT_SUM

@@ -127,11 +127,14 @@ def test_manifest_and_what_is_carried(folder: Path, tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "merge.yml", config(folder, "slerp"))
     out = tmp_path / "out"
     manifest = merge(path, out, log=lines.append, progress=lambda done, total: progress.append((done, total)))
-    assert manifest == read_manifest(out, "merged model")
+    assert manifest == json.loads((out / "merge.json").read_text())
     assert manifest["inputs"][str(path)]["sha256"] == sha256_file(path)
     shard = folder / "far" / "model.safetensors"
     assert manifest["inputs"][str(shard)]["sha256"] == sha256_file(shard)
-    assert manifest["files"]["model.safetensors"]["sha256"] == sha256_file(out / "model.safetensors")
+    kept = read_manifest(out, "merged model")
+    assert kept["files"]["model.safetensors"] == (out / "model.safetensors").stat().st_size
+    assert kept["files"]["merge.json"]["sha256"] == sha256_file(out / "merge.json")
+    assert kept["tensors"] == {name: entry["sha256"] for name, entry in manifest["tensors"].items()}
     assert manifest["config"] == config(folder, "slerp")
     assert manifest["donors"] == {"config": str(folder / "base"), "tokenizer": str(folder / "base")}
     assert f"tokenizer from {folder / 'base'}" in lines
