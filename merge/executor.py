@@ -42,7 +42,7 @@ from .plan import MergePlan, TensorPlan, plan_merge
 from .stream import Equal, Input, Merged, Target, merge_tensor
 from .tensor_merge import Subject, Sums, TensorMerge
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 MAX_WORKERS = {"cpu": 16, "cuda": 4}
 SYNC_BYTES = 256 << 20  # written between two rounds of making it durable
 HASH_BYTES = 1 << 20

@@ -154,9 +154,8 @@ class Pieces:
             else torch.empty(self._chunk, device=device)
             for raw in self._raw
         ]
-        wants_deltas = method.vectors != "models" and tensor.base is not None
-        self._deltas = [torch.empty(self._chunk, device=device) for _ in inputs[1:]] if wants_deltas else []
-        self._models_too = not wants_deltas or method.vectors == "both"
+        self._wanted = method.vectors if tensor.base is not None else "models"
+        self._deltas = [torch.empty(self._chunk, device=device) for _ in inputs[1:] if self._wanted == "both"]
         self._ahead = -(-AHEAD_BYTES // max(self._chunk * dtypes[0].itemsize, 1))  # pieces
         self._only: list[Tensor] | None = None
 
@@ -176,8 +175,11 @@ class Pieces:
         for source, raw, value in zip(self._inputs, self._raw, self._values):
             read = source.folder.read_into(source.name, lo, raw[:count])
             values.append(read if value is raw else value[:count].copy_(read))
-        deltas = [torch.sub(value, values[0], out=out[:count]) for value, out in zip(values[1:], self._deltas)]
-        return [*(values if self._models_too else values[:1]), *deltas]
+        if self._wanted == "models":
+            return values
+        if self._wanted == "deltas":  # each takes the place of its model
+            return [values[0], *(value.sub_(values[0]) for value in values[1:])]
+        return values + [torch.sub(value, values[0], out=out[:count]) for value, out in zip(values[1:], self._deltas)]
 
 
 class _Products:
@@ -209,11 +211,15 @@ class _Products:
             self._rest = [x[whole:].clone() for x in vectors]
 
     def _add_rows(self, vectors: Sequence[Tensor]) -> None:
-        if self._scratch.numel() < vectors[0].numel() or self._scratch.device != vectors[0].device:
-            self._scratch = torch.empty_like(vectors[0])
-        for (i, j), parts in self._parts.items():
-            sums = _row_sums(vectors[i], vectors[j], self._scratch)
-            parts += sums
+        """The products of all pairs go through one tree of additions: few operations for small pieces."""
+        pairs, numel, device = list(self._parts), vectors[0].numel(), vectors[0].device
+        if self._scratch.numel() < len(pairs) * numel or self._scratch.device != device:
+            self._scratch = torch.empty(len(pairs) * numel, device=device)
+        products = self._scratch[: len(pairs) * numel].view(len(pairs), numel)
+        for (i, j), product in zip(pairs, products):
+            torch.mul(vectors[i], vectors[j], out=product)
+        for (i, j), sums in zip(pairs, _row_sums(products.view(-1, ROW)).view(len(pairs), -1).tolist()):
+            self._parts[i, j] += sums
             if i == j and self.finite:
                 self.finite = all(map(math.isfinite, sums))
 
@@ -229,14 +235,13 @@ class _Products:
         return {pair: _fsum(self._parts[pair]) for pair in pairs}
 
 
-def _row_sums(x: Tensor, y: Tensor, scratch: Tensor) -> list[float]:
-    """`methods.partial_sums` of whole rows, in memory that is there already: twice as fast."""
-    rows = torch.mul(x, y, out=scratch[: x.numel()]).view(-1, ROW)
+def _row_sums(rows: Tensor) -> Tensor:
+    """`methods.tree_sum` of rows of ROW elements, which are overwritten: nothing is allocated."""
     half = ROW // 2
     while half:
-        rows[:, :half] += rows[:, half : 2 * half]
+        rows[:, :half].add_(rows[:, half : 2 * half])
         half //= 2
-    return rows[:, 0].tolist()
+    return rows[:, 0].contiguous()
 
 
 def _fsum(values: Sequence[float]) -> float:
