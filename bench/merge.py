@@ -1,7 +1,7 @@
 """Merging against mergekit on synthetic Qwen2 models: wall time, processor time and peak memory of whole processes.
 
-Both programs get the same YAML (bf16 in, bf16 out, mergekit's defaults) and the same files; they and a plain copy of the
-same bytes (every input read, as much written as the result has, made durable) take turns. Inputs are in the page cache
+Both programs get the same YAML (bf16 in, bf16 out, mergekit's defaults) and the same files; they take turns with a plain
+copy of the same bytes: every input read, as much written as the result has, made durable. Inputs are in the page cache
 as far as memory allows. Models are written to a temporary folder and removed.
 
 Floor of a merge: bytes in / read rate + bytes out / write rate, which the copy measures, or, on p processors, 1 / p of
@@ -98,7 +98,15 @@ def _compare(root: Path, method: str, repeats: int, peer: bool) -> dict[str, Any
     path, models = _write_config(root, method)
     out = root / "out"
     files = [str(file) for model in models for file in SafetensorsFolder(model).files]
-    mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml", "--no-copy-tokenizer", "--quiet", str(path), str(out)]
+    mergekit = [
+        sys.executable,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        "--no-copy-tokenizer",
+        "--quiet",
+        str(path),
+        str(out),
+    ]
     programs = {
         "copy": [sys.executable, "-c", COPY, str(out), *files],
         "steep": [sys.executable, "-c", STEEP, str(path), str(out)],
@@ -178,7 +186,7 @@ def _read_through(files: list[str]) -> None:
 
 
 def write_models(root: Path, size: str) -> int:
-    """base, a and b: bf16 in two shards or more; a and b differ from the base in 70 % of the elements. Values of each."""
+    """base, a and b, bf16 in shards; a and b differ from the base in 70 % of the elements. The number of values of one."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SIZES[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"],
