@@ -1,8 +1,8 @@
 """Merging against mergekit on synthetic Qwen2 models: wall time, processor time and peak memory of whole processes.
 
-Both programs get the same YAML (bf16 in, bf16 out, mergekit's defaults) and the same files; they take turns with a plain
-copy of the same bytes: every input read, as much written as the result has, made durable. Inputs are in the page cache
-as far as memory allows. Models are written to a temporary folder and removed.
+Both programs get the same YAML (bf16 in, bf16 out, mergekit's defaults) and the same files; they take turns with a
+plain copy of the same bytes: every input read, as much written as the result has, made durable. Inputs are in the page
+cache as far as memory allows. Models are written to a temporary folder and removed.
 
 Floor of a merge: bytes in / read rate + bytes out / write rate, which the copy measures, or, on p processors, 1 / p of
 the work: SHA-256 of all bytes in and out, conversions, arithmetic.
@@ -186,7 +186,7 @@ def _read_through(files: list[str]) -> None:
 
 
 def write_models(root: Path, size: str) -> int:
-    """base, a and b, bf16 in shards; a and b differ from the base in 70 % of the elements. The number of values of one."""
+    """base, a and b, bf16 in shards; a and b differ from the base in 70 % of the elements. The number of values."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SIZES[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"],
