@@ -190,10 +190,10 @@ class SafetensorsFolder:
             first, size = entry.offset + lo * entry.dtype.itemsize, count * entry.dtype.itemsize
             os.posix_fadvise(self._descriptors[entry.file], first, size, os.POSIX_FADV_WILLNEED)
 
-    def end_of(self, name: str) -> int:
-        """The position in its file at which a tensor's bytes end."""
+    def span(self, name: str) -> tuple[int, int]:
+        """The positions in its file at which a tensor's bytes begin and end."""
         entry = self._entry(name)
-        return entry.offset + entry.numel * entry.dtype.itemsize
+        return entry.offset, entry.offset + entry.numel * entry.dtype.itemsize
 
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""

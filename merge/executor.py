@@ -380,7 +380,7 @@ class _Run:
             for (work, target), merged in zip(members, found):
                 work.finish(target.tensor, inputs, merged)
         for source in inputs:
-            self.hashes.advance(source.folder.file_of(source.name), source.folder.end_of(source.name))
+            self.hashes.advance(source.folder.file_of(source.name), *source.folder.span(source.name))
 
     def _target(self, work: _Work, tensor: TensorPlan) -> Target:
         names = self.models[self.works.index(work)]
@@ -402,27 +402,21 @@ class _Run:
 
 
 class _TrailingHashes:
-    """SHA-256 of files that others read: it follows them, so that the bytes are still in memory.
-
-    `advance` hashes on from where it was; whoever comes while another thread is at the same file goes on with his work.
-    """
+    """SHA-256 of safetensors files that others read: it follows them closely, so that the bytes are still in memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
         self._states = {file: _HashState(file) for file in files}
 
-    def advance(self, file: Path, position: int | None = None) -> None:
-        """Hash a file up to a position; None: to its end, waiting for others if need be."""
-        if (state := self._states.get(file)) is None:
-            return  # known by its manifest
-        if state.lock.acquire(blocking=position is None):
-            try:
-                state.read(position)
-            finally:
-                state.lock.release()
+    def advance(self, file: Path, begin: int, end: int) -> None:
+        """The bytes of a tensor have been read: hash on through all that follows without a gap."""
+        if file in self._states:  # else its model is known by a manifest
+            self._states[file].advance(begin, end)
 
     def finish(self, file: Path) -> None:
-        self.advance(file)
+        """Hash what is left."""
+        with self._states[file].hashing:
+            self._states[file].read(None)
 
     def of(self, file: Path) -> dict[str, Any]:
         """As `hash_inputs` gives it, after `finish`."""
@@ -440,7 +434,22 @@ class _TrailingHashes:
 class _HashState:
     def __init__(self, file: Path) -> None:
         self.descriptor = os.open(file, os.O_RDONLY)
-        self.digest, self.position, self.lock = hashlib.sha256(), 0, threading.Lock()
+        self.digest, self.position = hashlib.sha256(), 0
+        self.hashing, self._lock = threading.Lock(), threading.Lock()
+        self._ready = 8 + int.from_bytes(os.pread(self.descriptor, 8, 0), "little")  # the header
+        self._beyond: dict[int, int] = {}  # where tensors begin and end that were read ahead of a gap
+
+    def advance(self, begin: int, end: int) -> None:
+        with self._lock:
+            if end > begin:
+                self._beyond[begin] = end
+            while self._ready in self._beyond:
+                self._ready = self._beyond.pop(self._ready)
+        if self.hashing.acquire(blocking=False):  # who comes while another hashes goes on with his work
+            try:
+                self.read(self._ready)
+            finally:
+                self.hashing.release()
 
     def read(self, end: int | None) -> None:
         buffer = memoryview(bytearray(HASH_BYTES))
