@@ -79,7 +79,7 @@ def run(
     Returns:
         {"size", "values", "cores", methods: {method: {program: {"seconds": [...], "cpu_seconds": [...],
         "peak_rss_bytes", "peak_anonymous_bytes"}, "load": [...], "of_copy", "of_mergekit"}}}. peak_rss counts pages of
-        mapped files too (mergekit maps its inputs); peak_anonymous does not, and is sampled every 50 ms. `load` is the
+        mapped files too (mergekit maps its inputs), peak_anonymous does not; both are sampled every 50 ms. `load` is the
         system's load average before each round: other work on the machine shows in it.
     """
     if size not in SIZES:
@@ -154,12 +154,13 @@ def _measure(command: list[str]) -> tuple[float, float, int, int]:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        anonymous = 0
+        resident = anonymous = 0
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
-            anonymous = max(anonymous, _anonymous_bytes(process.pid))
+            memory = _memory(process.pid)
+            resident, anonymous = max(resident, memory["VmHWM"]), max(anonymous, memory["RssAnon"])
             time.sleep(0.05)
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -167,14 +168,17 @@ def _measure(command: list[str]) -> tuple[float, float, int, int]:
             output.seek(0)
             text = output.read().decode(errors="replace")
             raise RuntimeError(f"{' '.join(command[:4])}: exit code {process.returncode}\n{text[-2000:]}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, anonymous
+    return seconds, usage.ru_utime + usage.ru_stime, resident, anonymous
 
 
-def _anonymous_bytes(pid: int) -> int:
+def _memory(pid: int) -> dict[str, int]:
+    """Peak resident and present anonymous bytes. Not ru_maxrss, which a child process inherits from its parent."""
+    found = {"VmHWM": 0, "RssAnon": 0}  # a process that has just ended has none
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0  # a process that has just ended
+        key, _, value = line.partition(":")
+        if key in found:
+            found[key] = int(value.split()[0]) * 1024
+    return found
 
 
 def _read_through(files: list[str]) -> None:

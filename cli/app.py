@@ -152,7 +152,6 @@ def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of methods that draw random bits.")] = 0,
     sweep: Annotated[
         str | None,
         typer.Option(help="KEY=A,B,C: a merge for each, in OUT/KEY=A and so on. KEY: t, models.0.parameters.weight."),
@@ -164,7 +163,7 @@ def merge(
 
     from .. import merge as merging
 
-    options: dict[str, Any] = {"device": device, "seed": seed, "allow_not_finite": allow_not_finite, "log": print}
+    options: dict[str, Any] = {"device": device, "allow_not_finite": allow_not_finite, "log": print}
     key, equals, values = (sweep or "=").partition("=")
     if sweep and not (key and equals and values):
         raise ValueError(f"--sweep: {sweep!r} given, expected KEY=A,B,C")

@@ -151,7 +151,10 @@ class OutputSlice(_Section):
 
 
 class MergeConfig(_Section):
-    """A whole mergekit configuration of this storey: `models`, or `slices` that keep every layer in its place."""
+    """A whole mergekit configuration of this storey: `models`, or `slices` that keep every layer in its place.
+
+    random_seed: steep's own key, of the masks of dare and della; in mergekit an option of the command line.
+    """
 
     not_yet: ClassVar[dict[str, str]] = {
         "modules": "; use 'models'",
@@ -166,6 +169,7 @@ class MergeConfig(_Section):
     dtype: DType | None = None
     out_dtype: DType | None = None
     tokenizer_source: str | None = None
+    random_seed: int = Field(0, ge=0, lt=1 << 63, strict=True)
 
     @field_validator("models", "slices", mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .methods import sum_rows, task_arithmetic, weighted_sum
+from .methods import run_sums, task_arithmetic, weighted_sum
 from .sparsify import Dare, Della, LargestK, Sparsifier, Thinned, Trim, TrimOutliers, della_problem, largest, trim
 from .tensor_merge import Subject, Sums, TensorMerge
 
@@ -181,7 +181,7 @@ def sce(base: Tensor, deltas: Sequence[Tensor], select_topk: float = 1.0) -> Ten
         spread = _variance(deltas)
         selected = _selected(largest(spread, int(select_topk * int(spread.count_nonzero()))))
         taus = [delta * selected for delta in deltas]
-    squares = [math.fsum(sum_rows((tau * tau).reshape(-1)).tolist()) for tau in taus]
+    squares = [math.fsum(run_sums((tau * tau).reshape(-1)).tolist()) for tau in taus]
     return _sce_merge(base, taus, _sce_weights(squares))
 
 
@@ -231,7 +231,7 @@ class Sce(TensorMerge):
                 self._varying += int(spread.count_nonzero())
         else:
             for squares, tau in zip(self._squares, self._select(deltas), strict=True):
-                squares += sum_rows(tau * tau).tolist()
+                squares += run_sums(tau * tau).tolist()
 
     def end_look(self, number: int, sums: Sums) -> None:
         if number == self.looks - 1:

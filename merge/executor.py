@@ -37,10 +37,9 @@ from .config import parse_config, read_yaml
 from .journal import Journal, journaled_folder, workplace
 from .manifest import tensor_record, write_records
 from .method_table import METHODS
-from .methods import ROW
 from .plan import MergePlan, TensorPlan, plan_merge
 from .stream import Equal, Input, Merged, Target, merge_tensor
-from .tensor_merge import Subject, Sums, TensorMerge
+from .tensor_merge import ROW, Subject, Sums, TensorMerge
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 MAX_WORKERS = {"cpu": 16, "cuda": 4}
@@ -64,7 +63,6 @@ def merge(
     out: str | Path,
     device: str = "cpu",
     *,
-    seed: int = 0,
     allow_not_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     chunk_elements: int | None = None,
@@ -78,7 +76,6 @@ def merge(
         config: path of the YAML; or its content as a mapping, whose relative paths count from the current folder.
         out: folder to create; it must not exist or be empty.
         device: where the arithmetic runs: cpu, cuda or cuda:N.
-        seed: of methods that draw random bits.
         allow_not_finite: NaN and infinity in an input pass through, and the record says where, instead of an error.
         max_shard_bytes: size at which a further weight file is begun.
         chunk_elements: elements of a tensor held at once, rounded up to a multiple of 4096.
@@ -100,7 +97,6 @@ def merge(
     return execute(
         [output],
         device,
-        seed=seed,
         allow_not_finite=allow_not_finite,
         max_shard_bytes=max_shard_bytes,
         chunk_elements=chunk_elements,
@@ -211,7 +207,6 @@ def execute(
     outputs: Sequence[Output],
     device: str = "cpu",
     *,
-    seed: int = 0,
     allow_not_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     chunk_elements: int | None = None,
@@ -237,10 +232,10 @@ def execute(
     before = {file: _stamp(file) for file in (*weights, *others)}
 
     with ExitStack() as stack:
-        works = [stack.enter_context(_begun(output, before, seed, max_shard_bytes, log)) for output in outputs]
+        works = [stack.enter_context(_begun(output, before, max_shard_bytes, log)) for output in outputs]
         stack.enter_context(_torch_threads(1))
         hashes = stack.enter_context(_TrailingHashes(weights))
-        run = _Run(works, where, chunk, workers, seed, allow_not_finite, hashes, progress)
+        run = _Run(works, where, chunk, workers, allow_not_finite, hashes, progress)
         with _syncing([work.writer for work in works]):
             run.all()
         if changed := [str(file) for file, stamp in before.items() if _stamp(file) != stamp]:
@@ -250,7 +245,7 @@ def execute(
         for work in works:
             if work.journal.finished and work.taken_over:
                 log(f"{work.output.out}: {work.taken_over} tensors were finished by an earlier run")
-            about = {"seed": seed, "mode": MODE, "taken_over": work.taken_over}
+            about = {"seed": work.output.plan.config.random_seed, "mode": MODE, "taken_over": work.taken_over}
             about |= {"execution": {"device": str(where), "threads": workers, "chunk_elements": chunk}}
             result = _complete(work, inputs, time.monotonic() - started, about)
             for line in result["warnings"][len(work.output.plan.warnings) :]:
@@ -261,7 +256,7 @@ def execute(
 
 @contextmanager
 def _begun(
-    output: Output, stamps: Mapping[Path, Any], seed: int, max_shard_bytes: int, log: Callable[[str], None]
+    output: Output, stamps: Mapping[Path, Any], max_shard_bytes: int, log: Callable[[str], None]
 ) -> Iterator[_Work]:
     """An output's folder with its weight files, new or as an interrupted process left it; published at the end."""
     plan = output.plan
@@ -275,7 +270,7 @@ def _begun(
         {str(file): stamp for file, stamp in stamps.items() if file not in output.files},
         [str(model.path) for model in plan.models],
         [str(file) for _, file in plan.carried],
-        [seed, MODE, max_shard_bytes, versions()],
+        [plan.config.random_seed, plan.model_names, MODE, max_shard_bytes, versions()],
     ])}  # fmt: skip
     with journaled_folder(output.out, identity) as journal:
         if journal.dropped:
@@ -317,16 +312,14 @@ class _Run:
         device: torch.device,
         chunk: int,
         workers: int,
-        seed: int,
         allow_not_finite: bool,
         hashes: _TrailingHashes,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.works, self.device, self.chunk, self.workers, self.seed = works, device, chunk, workers, seed
+        self.works, self.device, self.chunk, self.workers = works, device, chunk, workers
         self.allow_not_finite, self.hashes, self.progress = allow_not_finite, hashes, progress
         self.done = 0
         self.total = sum(_bytes(tensor) for work in works for tensor in work.output.plan.tensors)
-        self.models = [_telling_names([model.path for model in work.output.plan.models]) for work in works]
 
     def all(self) -> None:
         """Take over what is finished, merge the rest, hash what is left of the inputs."""
@@ -383,15 +376,17 @@ class _Run:
             self.hashes.advance(source.folder.file_of(source.name), *source.folder.span(source.name))
 
     def _target(self, work: _Work, tensor: TensorPlan) -> Target:
-        names = self.models[self.works.index(work)]
+        plan = work.output.plan
         subject = Subject(
             name=tensor.name,
             shape=tensor.shape,
             parameters=tensor.parameters,
             models=tuple(
-                names[source.model] for position, source in enumerate(tensor.sources) if position != tensor.base
+                plan.model_names[source.model]
+                for position, source in enumerate(tensor.sources)
+                if position != tensor.base
             ),
-            seed=self.seed,
+            seed=plan.config.random_seed,
             device=self.device,
             based=tensor.base is not None,
         )
@@ -526,15 +521,6 @@ def _input_files(outputs: Sequence[Output]) -> tuple[list[Path], list[Path]]:
 def _stamp(file: Path) -> list[int]:
     found = file.stat()
     return [found.st_size, found.st_mtime_ns]
-
-
-def _telling_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart: random bits do not depend on where a set of models lies."""
-    for count in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-count:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            return names
-    raise AssertionError("different paths have different names")
 
 
 def _bytes(tensor: TensorPlan) -> int:

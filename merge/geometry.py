@@ -132,7 +132,7 @@ def _nuslerp_lines(a: Tensor, b: Tensor, t: float, along_first: bool) -> Tensor:
     lines = zip(*(values.reshape(-1).tolist() for values in dots), strict=True)
     weights = [nuslerp_weights({(0, 1): ab, (0, 0): aa, (1, 1): bb}, t) for ab, aa, bb in lines]
     shape = (2, *a.shape[:-1], 1) if a.ndim else (2,)
-    weight_a, weight_b = torch.tensor(weights, device=a.device).T.reshape(shape)
+    weight_a, weight_b = torch.tensor(weights, device=a.device).reshape(-1, 2).mT.reshape(shape)
     return a * weight_a + b * weight_b
 
 
@@ -249,6 +249,7 @@ def karcher(tensors: Sequence[Tensor], max_iter: float = 10, tol: float = 1e-5) 
     normalised mean on, at most max_iter times and until a step is shorter than tol. All of it happens on the
     coefficients of the u_i, whose dot products are known. A norm of at most tol has no direction and counts only in the
     mean of the norms; an opposite of m does not pull; where the directions balance out m begins at the first of them.
+    Where none has a direction the result is the mean of the tensors.
 
     mergekit rounds the u_i to the inputs' dtype and takes angles in it: in bf16 they are 0 or at least 0.088.
     """
@@ -260,7 +261,7 @@ def karcher_weights(dots: Gram, count: int, max_iter: float, tol: float) -> list
     norms = [math.sqrt(dots[i, i]) for i in range(count)]
     valid = [i for i in range(count) if norms[i] > tol]
     if count == 1 or not valid:
-        return [1.0] * count
+        return [1 / count] * count
     cosines = {(a, b): dots[i, j] / (norms[i] * norms[j]) for (a, i), (b, j) in _indexed_pairs(valid)}
     share = 1 / len(valid)
     mean = _unit(cosines, [share] * len(valid), tol) or [1.0] + [0.0] * (len(valid) - 1)

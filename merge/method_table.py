@@ -120,6 +120,7 @@ class Method:
     base: "required"; "optional": the merge is one of task vectors if a base_model is given, else of the models;
         "ignored": a base_model is a model like the others.
     models: how many there must be besides a base, at least and at most.
+    donor: whose configuration and tokenizer the result has: the base's where there is one, or the first model's.
     """
 
     carry_out: type[TensorMerge]
@@ -127,6 +128,7 @@ class Method:
     per_model: dict[str, Scalar | None] = field(default_factory=dict)
     base: Literal["required", "optional", "ignored"] = "required"
     models: tuple[int, int | None] = (1, None)
+    donor: Literal["base", "first"] = "base"
 
     def has_base(self, base_given: bool) -> bool:
         """Whether one of the inputs is the base B, in a merge with or without `base_model`."""
@@ -180,7 +182,7 @@ METHODS: dict[str, Method] = {
     "arcee_fusion": Method(ArceeFusion, models=(1, 1)),
     "passthrough": Method(Passthrough, per_model={"scale": 1.0}, base="ignored", models=(1, 1)),
     # beyond mergekit
-    "chat_vector": Method(ChatVector, {"scale": 1.0}, models=(2, 2)),
+    "chat_vector": Method(ChatVector, {"scale": 1.0}, models=(2, 2), donor="first"),
     "consensus_ta": Method(
         ConsensusTa, {"consensus_k": 2, "lambda": 1.0}, {"weight": 1.0, "tall_lambda": 0.4}, models=(2, None)
     ),

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensor_merge import TensorMerge
+from .tensor_merge import ROW, TensorMerge
 
-ROW = 4096
 SMALL_WEIGHT_SUM = 1e-8
 SMALL_DIFFERENCE = 1e-6
 
@@ -160,21 +159,24 @@ def check_weight_sum(parameters: Mapping[str, Any], switch: str) -> list[str]:
     return []
 
 
-def partial_sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of x * y over rows of ROW elements, float32 [ceil(n / ROW)]: the same bits wherever they are computed.
+def partial_sums(x: Tensor, y: Tensor, unit: int = ROW) -> Tensor:
+    """Sums of x * y over runs of `unit` elements, float32 [ceil(n / unit)]: the same bits wherever they are computed.
 
-    Each row is added up by a fixed binary tree of elementwise additions; a last short row is filled with zeros.
-    `math.fsum` over the rows of all chunks then gives the dot product, rounded once.
+    Each run is added up by a fixed binary tree of elementwise additions; a last short one is filled with zeros.
+    `math.fsum` over the runs of all pieces then gives the dot product, rounded once, in whatever order they come.
+
+    Args:
+        x, y: float32, of one shape; a piece that begins at a multiple of `unit`.
     """
-    return sum_rows((x * y).reshape(-1))
+    return run_sums((x * y).reshape(-1), unit)
 
 
-def sum_rows(values: Tensor) -> Tensor:
-    """Sums of a flat tensor over rows of ROW elements, each by a fixed binary tree; see `partial_sums`."""
-    missing = -values.numel() % ROW
+def run_sums(values: Tensor, unit: int = ROW) -> Tensor:
+    """Sums of a flat tensor over runs of `unit` elements, each by a fixed binary tree; see `partial_sums`."""
+    missing = -values.numel() % unit
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))
-    return tree_sum(values.view(-1, ROW))
+    return tree_sum(values.view(-1, unit))
 
 
 def tree_sum(rows: Tensor) -> Tensor:

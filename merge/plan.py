@@ -64,6 +64,7 @@ class MergePlan:
 
     config: MergeConfig
     models: tuple[SafetensorsFolder, ...]
+    model_names: tuple[str, ...]  # as the configuration first writes them
     tensors: tuple[TensorPlan, ...]
     config_donor: Path
     tokenizer_donor: Path
@@ -128,8 +129,8 @@ class _Planner:
         base = None if self.config.base_model is None else self._path(self.config.base_model)
         listed = [self._path(entry.model) for entry in self.config.models]
         listed += [self._path(source.model) for output in self.config.slices for source in output.sources]
-        donor = base or listed[0]
         self.paths = list(dict.fromkeys(listed + ([base] if base else [])))
+        donor = self._donor(base, listed)
         self.folders = [SafetensorsFolder(path) for path in self.paths]
         self.model_configs = [read_json(path / "config.json") for path in self.paths]
         self._check_model_configs()
@@ -146,6 +147,7 @@ class _Planner:
         return MergePlan(
             config=self.config,
             models=tuple(self.folders),
+            model_names=self._names_as_written(),
             tensors=tuple(tensors),
             config_donor=donor,
             tokenizer_donor=tokenizer_donor,
@@ -168,6 +170,18 @@ class _Planner:
 
     def _path(self, model: str) -> Path:
         return resolve_model_path(model, self.folder)
+
+    def _donor(self, base: Path | None, listed: Sequence[Path]) -> Path:
+        if METHODS[self.config.merge_method].donor == "first":
+            return next((path for path in listed if path != base), listed[0])
+        return base or listed[0]
+
+    def _names_as_written(self) -> tuple[str, ...]:
+        written = [entry.model for entry in self.config.models]
+        written += [source.model for output in self.config.slices for source in output.sources]
+        written += [self.config.base_model] if self.config.base_model else []
+        names = {self._path(model): model for model in reversed(written)}  # the first of several counts
+        return tuple(names[path] for path in self.paths)
 
     # models against each other
 

@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .methods import as_rows, sum_rows, tree_sum
+from .methods import as_rows, run_sums
 from .noise import WORDS, Noise, threshold
-from .tensor_merge import Subject
+from .tensor_merge import ROW, Subject, whole_rows
 
 Rescale = Literal["none", "l1", "inv_density", "elementwise"]
 SMALL_L1 = 1e-7
@@ -52,7 +53,9 @@ def dare(delta: Tensor, density: float, noise: Noise, rescale: Rescale = "inv_de
         rescale: "inv_density": divided by density, as in the paper; "l1": scaled to the L1 norm of delta, as in
             mergekit; "none".
     """
-    masked = _at_random(delta.reshape(-1), 0, density, noise).reshape(delta.shape)
+    if density in (0, 1):
+        return _all_or_none(delta, density)
+    masked = delta * noise.below(0, threshold(density), delta.numel(), delta.device).view(delta.shape)
     return masked * rescale_factor(rescale, density, delta, masked)
 
 
@@ -66,9 +69,14 @@ def della(delta: Tensor, density: float, epsilon: float, noise: Noise, rescale: 
         epsilon: density - epsilon and density + epsilon must lie strictly between 0 and 1 (`della_problem`).
         rescale: as for `dare`; "elementwise": divided by its own p, as in the authors' code.
     """
+    if density in (0, 1):
+        return _all_or_none(delta, density)
     columns = delta.shape[-1] if delta.ndim else 1
-    masked = _by_rank(delta.reshape(-1), 0, columns, density, epsilon, noise, rescale).reshape(delta.shape)
-    return masked * rescale_factor(rescale, density, delta, masked, columns)
+    thresholds = _rank_thresholds(delta.reshape(-1), columns, density, epsilon)
+    masked = delta * noise.below(0, thresholds, delta.numel(), delta.device).view(delta.shape)
+    if rescale == "elementwise":
+        return masked / _probabilities(thresholds).view(delta.shape)
+    return masked * rescale_factor(rescale, density, delta, masked, whole_rows(columns))
 
 
 def della_problem(density: float, epsilon: float) -> str | None:
@@ -78,23 +86,14 @@ def della_problem(density: float, epsilon: float) -> str | None:
     return None
 
 
-def rescale_factor(
-    rescale: Rescale, density: float, delta: Tensor, masked: Tensor, columns: int | None = None
-) -> float:
+def rescale_factor(rescale: Rescale, density: float, delta: Tensor, masked: Tensor, unit: int = ROW) -> float:
     """By what a thinned task vector is multiplied; "elementwise" has been done where the elements were kept.
 
     Args:
-        columns: of a rule that sees whole rows: the sums then go along those.
+        unit: length of the runs that L1 norms are made of; `whole_rows` for a rule that sees whole rows.
     """
-    before, after = (math.fsum(_l1_parts(x.reshape(-1), columns)) for x in (delta, masked))
+    before, after = (math.fsum(run_sums(x.reshape(-1).abs(), unit).tolist()) for x in (delta, masked))
     return _factor(rescale, density, before, after)
-
-
-def _l1_parts(piece: Tensor, columns: int | None) -> list[float]:
-    """Sums of magnitudes that do not depend on where pieces begin."""
-    magnitudes = piece.abs()
-    sums = sum_rows(magnitudes) if columns is None else tree_sum(as_rows(magnitudes, columns))
-    return sums.tolist()
 
 
 def _factor(rescale: Rescale, density: float, before: float, after: float) -> float:
@@ -172,28 +171,52 @@ class TrimOutliers(Sparsifier):
 
 
 class Dare(Sparsifier):
-    """The mask of `dare`."""
+    """`dare` without its rescaling. A mask that is needed twice, for the L1 norm and to merge, is kept as bits."""
 
     def __init__(self, subject: Subject, position: int) -> None:
         super().__init__(subject, position)
         self.noise = Noise.of(subject.seed, subject.name, subject.models[position])
+        self._packs = subject.parameters["rescale"] == "l1" and subject.device.type == "cpu"
+        self._packed: dict[tuple[int, int], Any] = {}  # (first element, number): a mask in numpy's packed bits
 
     def keep(self, lo: int, delta: Tensor) -> Tensor:
-        return _at_random(delta, lo, self.density, self.noise)
+        if self.density in (0, 1):
+            return _all_or_none(delta, self.density)
+        piece = lo, delta.numel()
+        if (packed := self._packed.pop(piece, None)) is not None:
+            return delta * torch.from_numpy(np.unpackbits(packed, count=delta.numel()))
+        mask = self._mask(lo, delta)
+        if self._packs:
+            self._packed[piece] = np.packbits(mask.numpy().astype(np.bool_))
+        return delta * mask
+
+    def _mask(self, lo: int, delta: Tensor) -> Tensor:
+        """1 where an element is kept, else 0."""
+        return self.noise.below(lo, threshold(self.density), delta.numel(), delta.device)
 
 
 class Della(Dare):
-    """The mask of `della`, elements divided by their own probability under `rescale: elementwise`."""
+    """`della` without its rescaling by one factor."""
 
     pieces = "rows"
 
     def __init__(self, subject: Subject, position: int) -> None:
         super().__init__(subject, position)
         self._epsilon: float = subject.parameters["epsilon"][position]
-        self._rescale: Rescale = subject.parameters["rescale"]
+        self._divides = subject.parameters["rescale"] == "elementwise" and self.density not in (0, 1)
 
     def keep(self, lo: int, delta: Tensor) -> Tensor:
-        return _by_rank(delta, lo, self.columns, self.density, self._epsilon, self.noise, self._rescale)
+        if not self._divides:
+            return super().keep(lo, delta)
+        thresholds = self._thresholds(delta)
+        mask = self.noise.below(lo, thresholds, delta.numel(), delta.device)
+        return delta * mask / _probabilities(thresholds)
+
+    def _mask(self, lo: int, delta: Tensor) -> Tensor:
+        return self.noise.below(lo, self._thresholds(delta), delta.numel(), delta.device)
+
+    def _thresholds(self, delta: Tensor) -> Tensor:
+        return _rank_thresholds(delta, self.columns, self.density, self._epsilon)
 
 
 class Thinned:
@@ -207,7 +230,7 @@ class Thinned:
         self._rescale: Rescale = parameters["rescale"]
         self._each = [kind(subject, position) for position in range(len(parameters["density"]))]
         self.pieces: Literal["any", "rows"] = "rows" if any(s.pieces == "rows" for s in self._each) else "any"
-        self._columns = subject.columns if self.pieces == "rows" else None
+        self._unit = subject.whole_rows if self.pieces == "rows" else ROW
         self._sparsifier_looks = max((sparsifier.looks for sparsifier in self._each), default=0)
         self.looks = self._sparsifier_looks + (self._rescale == "l1")
         self._before: list[list[float]] = [[] for _ in self._each]
@@ -215,12 +238,13 @@ class Thinned:
         self.factors = [_factor(self._rescale, sparsifier.density, 0.0, 0.0) for sparsifier in self._each]
 
     def look(self, number: int, lo: int, deltas: Sequence[Tensor]) -> None:
+        assert lo % self._unit == 0, "the L1 norm would depend on the pieces"
         for position, (sparsifier, delta) in enumerate(zip(self._each, deltas, strict=True)):
             if number < sparsifier.looks:
                 sparsifier.look(number, lo, delta)
             elif number == self._sparsifier_looks:
-                self._before[position] += _l1_parts(delta, self._columns)
-                self._after[position] += _l1_parts(sparsifier.keep(lo, delta), self._columns)
+                self._before[position] += run_sums(delta.abs(), self._unit).tolist()
+                self._after[position] += run_sums(sparsifier.keep(lo, delta).abs(), self._unit).tolist()
 
     def end_look(self, number: int) -> None:
         for position, sparsifier in enumerate(self._each):
@@ -396,25 +420,22 @@ def _largest_of_rows(flat: Tensor, columns: int, density: float) -> Tensor:
     return flat * torch.ge(_row_keys(rows), smallest, out=torch.empty_like(rows)).view(-1)
 
 
-def _at_random(flat: Tensor, lo: int, density: float, noise: Noise) -> Tensor:
-    if density >= 1:
-        return flat
-    return flat * noise.below(lo, threshold(density), flat.numel(), flat.device)
+def _all_or_none(delta: Tensor, density: float) -> Tensor:
+    return delta if density else torch.zeros_like(delta)
 
 
-def _by_rank(
-    flat: Tensor, lo: int, columns: int, density: float, epsilon: float, noise: Noise, rescale: Rescale
-) -> Tensor:
-    if density >= 1:
-        return flat
-    if density <= 0 or not flat.numel():
-        return torch.zeros_like(flat)
+def _rank_thresholds(flat: Tensor, columns: int, density: float, epsilon: float) -> Tensor:
+    """For every element of whole rows 2^32 times its probability under `della`; int64."""
+    if not flat.numel():
+        return torch.zeros_like(flat, dtype=torch.int64)
     rows = as_rows(flat, columns)
     columns_by_rank = (columns - 1) - (_sorted_rows(rows) & (WORDS - 1))
     step = 2 * epsilon / (columns - 1) if columns > 1 else 0.0
     lowest = density - epsilon if columns > 1 else density
     probabilities = lowest + step * torch.arange(columns, dtype=torch.float64, device=flat.device)
     by_rank = (probabilities * WORDS).round().to(torch.int64).expand(rows.shape)
-    thresholds = torch.empty_like(by_rank).scatter_(1, columns_by_rank, by_rank).view(-1)
-    masked = flat * noise.below(lo, thresholds, flat.numel(), flat.device)
-    return masked / (thresholds.double() / WORDS).float() if rescale == "elementwise" else masked
+    return torch.empty_like(by_rank).scatter_(1, columns_by_rank, by_rank).view(-1)
+
+
+def _probabilities(thresholds: Tensor) -> Tensor:
+    return (thresholds.double() / WORDS).float()

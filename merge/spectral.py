@@ -4,7 +4,9 @@ Singular values and vectors are float64, so the float32 result does not show in 
 a value that lies within 1e-12 of the middle between two float32 numbers. Directions whose singular value is below
 max(rows, columns) 2^-52 of the largest are left out: their vectors are arbitrary.
 
-Tensors of other than two dimensions have no singular vectors: there both methods take the mean of the task vectors.
+An element costs 8 bytes several times: in a float64 task vector, in its singular vectors, in those of all task vectors
+side by side, and in the result. Tensors of other than two dimensions have no singular vectors: there both methods take
+the mean of the task vectors.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ def tsv_m(base: Tensor, deltas: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     if scale == 0 or base.ndim != 2 or not base.numel():
         return _mean_of_task_vectors(base, deltas, scale)
     rank = max(1, min(base.shape) // len(deltas))
-    parts = [torch.linalg.svd(delta.double(), full_matrices=False) for delta in deltas]
-    left = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
-    values = torch.cat([s[:rank] for _, s, _ in parts])
-    right = torch.cat([vh[:rank] for _, _, vh in parts])
+    parts = [_first_triplets(delta, rank) for delta in deltas]
+    left = torch.cat([u for u, _, _ in parts], 1)
+    values = torch.cat([s for _, s, _ in parts])
+    right = torch.cat([vh for _, _, vh in parts])
     merged = (orthonormal(left) * values) @ orthonormal(right)
     return base + (merged * scale).float()
 
@@ -46,6 +48,11 @@ def iso_c(base: Tensor, deltas: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     total = torch.stack([delta.double() for delta in deltas]).sum(0)
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     return base + (_directions(u, s, vh) * (s.mean() * scale)).float()
+
+
+def _first_triplets(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    return u[:, :rank].clone(), s[:rank], vh[:rank].clone()  # without the rest, which would stay in memory
 
 
 def orthonormal(x: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """One tensor, streamed: its inputs are read piece by piece, shown to the method, merged, rounded once, hashed, written.
 
 Several merges of the same inputs (a sweep over strengths) share one reading. Memory is a few vectors of one piece. The
-result depends on neither the size of pieces nor the device: methods see to it (tensor_merge.py), and dot products are
-summed over rows counted from the beginning of the tensor, wherever pieces begin.
+result depends on neither the size of pieces nor the device (tensor_merge.py).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..engine.safetensors_io import SafetensorsFolder
-from .methods import ROW
 from .plan import TensorPlan
 from .tensor_merge import Sums, TensorMerge
 
@@ -92,7 +90,8 @@ def merge_tensor(
     """
     methods = [target.method for target in targets]
     pieces = Pieces(inputs, targets[0].tensor, methods[0], device, chunk)
-    products = _Products(sorted({pair for method in methods for pair in method.pairs(len(inputs))}))
+    pairs = sorted({pair for method in methods for pair in method.pairs(len(inputs))})
+    products = _Products(pairs, methods[0].unit)
     known: list[Sums] = []
     not_finite: list[int] = []
     looks = max(method.looks for method in methods)
@@ -104,7 +103,6 @@ def merge_tensor(
             for method in looking:
                 method.look(number, lo, vectors)
         if not number:
-            products.end()
             not_finite = _check(inputs, products, chunk, allow_not_finite)
             known = [products.of(method.pairs(len(inputs))) for method in methods]
         for method, sums in zip(methods, known):
@@ -123,7 +121,6 @@ def merge_tensor(
             digest.update(rounded.view(torch.uint8).numpy().data)
             target.write(lo, rounded)
     if not looks:
-        products.end()
         not_finite = _check(inputs, products, chunk, allow_not_finite)
         known = [products.of(method.pairs(len(inputs))) for method in methods]
     return [
@@ -143,7 +140,7 @@ class Pieces:
         self, inputs: Sequence[Input], tensor: TensorPlan, method: TensorMerge, device: torch.device, chunk: int
     ) -> None:
         self._inputs, self._numel = inputs, tensor.numel
-        self._chunk = min(_piece(tensor, method.pieces, chunk), tensor.numel)
+        self._chunk = min(_piece(tensor, method, chunk), tensor.numel)
         pinned = device.type == "cuda"
         dtypes = [source.folder.dtype(source.name) for source in inputs]
         self._raw = [torch.empty(self._chunk, dtype=dtype, pin_memory=pinned) for dtype in dtypes]
@@ -185,62 +182,45 @@ class Pieces:
 class _Products:
     """Dot products of pairs of vectors that come in pieces, as `methods.partial_sums` of the whole vectors gives them.
 
-    Rows of ROW elements are counted from the beginning: what a piece leaves of its last row waits for the next piece.
+    unit: pieces begin at multiples of it, and rows of that length are added up.
     """
 
-    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[int, int]], unit: int) -> None:
         self._parts: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
-        self._rest: list[Tensor] = []
-        self._scratch = torch.empty(0)
+        self._unit, self._scratch = unit, torch.empty(0)
         self.finite = True
 
     def add(self, vectors: Sequence[Tensor]) -> None:
-        if not self._parts:
-            return
-        if self._rest:
-            missing = ROW - self._rest[0].numel()
-            self._rest = [torch.cat((rest, x[:missing])) for rest, x in zip(self._rest, vectors)]
-            vectors = [x[missing:] for x in vectors]
-            if self._rest[0].numel() == ROW:
-                self._add_rows(self._rest)
-                self._rest = []
-        whole = vectors[0].numel() // ROW * ROW
-        if whole:
-            self._add_rows([x[:whole] for x in vectors])
-        if vectors[0].numel() > whole:
-            self._rest = [x[whole:].clone() for x in vectors]
-
-    def _add_rows(self, vectors: Sequence[Tensor]) -> None:
         """The products of all pairs go through one tree of additions: few operations for small pieces."""
-        pairs, numel, device = list(self._parts), vectors[0].numel(), vectors[0].device
-        if self._scratch.numel() < len(pairs) * numel or self._scratch.device != device:
-            self._scratch = torch.empty(len(pairs) * numel, device=device)
-        products = self._scratch[: len(pairs) * numel].view(len(pairs), numel)
-        for (i, j), product in zip(pairs, products):
-            torch.mul(vectors[i], vectors[j], out=product)
-        for (i, j), sums in zip(pairs, _row_sums(products.view(-1, ROW)).view(len(pairs), -1).tolist()):
-            self._parts[i, j] += sums
+        numel, device = vectors[0].numel(), vectors[0].device
+        padded = -(-numel // self._unit) * self._unit
+        size = len(self._parts) * padded
+        if not size:
+            return
+        if self._scratch.numel() < size or self._scratch.device != device:
+            self._scratch = torch.empty(size, device=device)
+        products = self._scratch[:size].view(-1, padded)
+        products[:, numel:] = 0
+        for (i, j), product in zip(self._parts, products):
+            torch.mul(vectors[i], vectors[j], out=product[:numel])
+        sums = _row_sums(products.view(-1, self._unit)).view(len(products), -1).tolist()
+        for (i, j), found in zip(self._parts, sums):
+            self._parts[i, j] += found
             if i == j and self.finite:
-                self.finite = all(map(math.isfinite, sums))
-
-    def end(self) -> None:
-        """All pieces have been added: fill the last row with zeros."""
-        if self._rest:
-            missing = ROW - self._rest[0].numel()
-            self._add_rows([torch.nn.functional.pad(x, (0, missing)) for x in self._rest])
-            self._rest = []
+                self.finite = all(map(math.isfinite, found))
 
     def of(self, pairs: Sequence[tuple[int, int]]) -> Sums:
-        """The dot products, each rounded once."""
+        """The dot products, each rounded once, when all pieces have been added."""
         return {pair: _fsum(self._parts[pair]) for pair in pairs}
 
 
 def _row_sums(rows: Tensor) -> Tensor:
-    """`methods.tree_sum` of rows of ROW elements, which are overwritten: nothing is allocated."""
-    half = ROW // 2
-    while half:
-        rows[:, :half].add_(rows[:, half : 2 * half])
-        half //= 2
+    """`methods.tree_sum` of rows, which are overwritten: nothing is allocated."""
+    length = rows.shape[1]
+    while length > 1:
+        half = length // 2
+        rows[:, :half].add_(rows[:, length - half : length])
+        length -= half
     return rows[:, 0].contiguous()
 
 
@@ -285,9 +265,6 @@ def _is_finite(x: Tensor) -> bool:
     return all(math.isfinite(end) for end in map(float, torch.aminmax(x)))
 
 
-def _piece(tensor: TensorPlan, pieces: str, chunk: int) -> int:
-    """Elements read at once: a multiple of ROW, whole rows, or everything, as the method needs."""
-    if pieces == "any":
-        return chunk
-    row = tensor.shape[-1] if tensor.shape else 1
-    return max(tensor.numel if pieces == "whole" else -(-chunk // max(row, 1)) * row, 1)
+def _piece(tensor: TensorPlan, method: TensorMerge, chunk: int) -> int:
+    """Elements read at once: a multiple of the method's unit, or everything."""
+    return max(tensor.numel if method.pieces == "whole" else -(-chunk // method.unit) * method.unit, 1)

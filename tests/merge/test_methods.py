@@ -14,6 +14,8 @@ from steep.merge.methods import ROW, partial_sums
 from steep.merge.sparsify import LargestK, kept
 from tests.merge.models import bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_linear_is_the_weighted_mean() -> None:
     x = torch.randn(3, 50, 7)

@@ -134,7 +134,7 @@ def test_another_merge_does_not_go_on_with_it(path: Path, tmp_path: Path, change
     if change == "shards":
         options["max_shard_bytes"] = 70_000
     elif change == "seed":
-        options["seed"] = 1
+        path.write_text(path.read_text() + "random_seed: 1\n")
     elif change == "configuration":
         path.write_text(path.read_text().replace("0.5", "0.75"))
     else:
