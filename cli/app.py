@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +52,16 @@ def _stderr() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal; called with (bytes done, bytes in all)."""
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_json(value: Any) -> None:
@@ -156,11 +168,28 @@ def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="KEY=A,B,C: a merge for each, in OUT/KEY=A and so on. KEY: t, models.0.parameters.weight."),
+    ] = None,
+    allow_not_finite: Annotated[bool, typer.Option(help="Let NaN and infinity in a model pass through.")] = False,
 ) -> None:
-    """Merge models: linear, slerp, task_arithmetic, ties. Everything is checked before the first byte is written."""
-    from ..merge import merge as run
+    """Merge models. Everything is checked before the first byte is written; the same command goes on if interrupted."""
+    import yaml
 
-    _print_json(run(config, out, device=device, log=print)["figures"])
+    from .. import merge as merging
+
+    options: dict[str, Any] = {"device": device, "allow_not_finite": allow_not_finite, "log": print}
+    key, equals, values = (sweep or "=").partition("=")
+    if sweep and not (key and equals and values):
+        raise ValueError(f"--sweep: {sweep!r} given, expected KEY=A,B,C")
+    with _progress("merging") as options["progress"]:
+        if sweep:
+            results = merging.sweep(config, out, key, [yaml.safe_load(value) for value in values.split(",")], **options)
+        else:
+            results = [merging.merge(config, out, **options)]
+    for result in results:
+        _print_json(result["figures"])
 
 
 @merge_app.command("plan")
@@ -318,9 +347,17 @@ def bench_sm90(out: RecordOption = None) -> None:
 
 
 @bench_app.command("merge")
-def bench_merge(out: RecordOption = None) -> None:
-    """Merging against mergekit: wall time and peak memory."""
+def bench_merge(
+    out: RecordOption = None,
+    size: Annotated[str, typer.Option(help="0.03B, 0.5B, 1.5B or 7B.")] = "1.5B",
+    methods: Annotated[str | None, typer.Option(help="Separated by commas; else all that are measured.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds of copy, steep, mergekit.")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="Where the models are written for the time.")] = None,
+    peer: Annotated[bool, typer.Option(help="Measure mergekit too.")] = True,
+) -> None:
+    """Merging against mergekit and a plain copy of the same bytes: time and peak memory."""
     from ..bench import merge
     from ..bench.record import record
 
-    _print_json(record("merge", merge.run(), out))
+    chosen = tuple(methods.split(",")) if methods else tuple(merge.CONFIGS)
+    _print_json(record("merge", merge.run(size, chosen, repeats, folder, peer), out))

@@ -192,21 +192,14 @@ class SafetensorsFolder:
             first, size = entry.offset + lo * entry.dtype.itemsize, count * entry.dtype.itemsize
             os.posix_fadvise(self._descriptors[entry.file], first, size, os.POSIX_FADV_WILLNEED)
 
-    def end_of(self, name: str) -> int:
-        """The position in its file at which a tensor's bytes end."""
+    def span(self, name: str) -> tuple[int, int]:
+        """The positions in its file at which a tensor's bytes begin and end."""
         entry = self._entry(name)
-        return entry.offset + entry.numel * entry.dtype.itemsize
+        return entry.offset, entry.offset + entry.numel * entry.dtype.itemsize
 
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""
-        view = _bytes_of(out)
-        offset, done = entry.offset + first * entry.dtype.itemsize, 0
-        while done < len(view):  # one call reads 2 GiB at most
-            count = os.preadv(self._descriptors[entry.file], [view[done:]], offset + done)
-            if count == 0:
-                raise ValueError(f"{entry.file}: ended at byte {offset + done}; it was shortened while being read")
-            done += count
-        return out
+        return _pread(entry, self._descriptors[entry.file], first, out)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -277,6 +270,18 @@ def _read_entry(file: Path, name: str, value: Any) -> tuple[torch.dtype, tuple[i
     return DTYPES[dtype_name], shape, (begin, end)
 
 
+def _pread(entry: _Entry, descriptor: int, first: int, out: Tensor) -> Tensor:
+    """Fill contiguous `out` with a tensor's elements from `first` on."""
+    view = _bytes_of(out)
+    offset, done = entry.offset + first * entry.dtype.itemsize, 0
+    while done < len(view):  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise ValueError(f"{entry.file}: ended at byte {offset + done}; it was shortened while being read")
+        done += count
+    return out
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
@@ -299,6 +304,8 @@ class SafetensorsWriter:
         max_shard_bytes: a file is begun when the next tensor would make the current one larger.
         metadata: free text of the header; transformers wants `format: pt`.
         file_of: {name: file name} of an existing layout to repeat, instead of `max_shard_bytes`.
+        resume: files that an interrupted writer of the same specs left behind are gone on with; others are made anew.
+            Nothing counts as written until `adopt` says so.
 
     Raises:
         ValueError: a name twice, a dtype the format does not have, wrong values given to write, parts left out.
@@ -313,13 +320,16 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         file_of: Mapping[str, str] | None = None,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
+        self._resume = resume
         shards = _plan_shards(list(specs), max_shard_bytes, file_of)
         self._entries: dict[str, _Entry] = {}
         self._descriptors: dict[Path, int] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}  # by tensor: sorted element ranges, neighbours joined
         self._lock = threading.Lock()
+        self.bytes_written, self._closed = 0, False
         metadata = {"format": "pt"} if metadata is None else metadata
         try:
             for file_name, shard in shards.items():
@@ -340,9 +350,17 @@ class SafetensorsWriter:
         for (name, dtype, shape), begin in zip(shard, begins):
             self._entries[name] = _Entry(file, dtype, tuple(shape), 8 + len(text) + begin)
             self._written[name] = []
-        self._descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        _reserve(file, self._descriptors[file], 8 + len(text) + end)
-        self._pwrite(file, memoryview(struct.pack("<Q", len(text)) + text), 0)
+        head = struct.pack("<Q", len(text)) + text
+        if self._resume and file.is_file():
+            self._descriptors[file] = os.open(file, os.O_RDWR)
+            size = os.fstat(self._descriptors[file]).st_size
+            if size == len(head) + end and os.pread(self._descriptors[file], len(head), 0) == head:
+                return
+            os.close(self._descriptors.pop(file))
+            file.unlink()
+        self._descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        _reserve(file, self._descriptors[file], len(head) + end)
+        self._pwrite(file, memoryview(head), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor of the declared dtype and shape, from any device."""
@@ -362,7 +380,26 @@ class SafetensorsWriter:
             return
         with self._lock:
             _claim(self._written[name], lo, hi, name)
+            self.bytes_written += values.numel() * values.dtype.itemsize
         self._pwrite(entry.file, _bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
+
+    def read_into(self, name: str, lo: int, out: Tensor) -> Tensor:
+        """Fill `out`, a contiguous 1-D CPU tensor of the declared dtype, with what the file holds from element `lo`."""
+        entry = self._entry(name)
+        return _pread(entry, self._descriptors[entry.file], lo, out)
+
+    def adopt(self, name: str) -> None:
+        """Count a whole tensor as written: an interrupted writer did it, and the caller has checked its bytes."""
+        with self._lock:
+            _claim(self._written[name], 0, self._entry(name).numel, name)
+
+    def sync(self) -> None:
+        """Make durable what has been written so far; while other threads write on."""
+        for file, descriptor in self._descriptors.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
 
     def _pwrite(self, file: Path, view: memoryview, offset: int) -> None:
         done = 0
@@ -372,13 +409,21 @@ class SafetensorsWriter:
             except OSError as error:
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return list(dict.fromkeys(entry.file for entry in self._entries.values()))
+
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise ValueError(f"{self.folder}: tensor {name} was not declared")
         return self._entries[name]
 
     def close(self) -> None:
-        """Check that nothing is missing, make all files durable, and write the index if there are several."""
+        """Check that nothing is missing, make all files durable, and write the index if there are several. Once."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             for name, entry in self._entries.items():
                 if entry.numel and self._written[name] != [(0, entry.numel)]:

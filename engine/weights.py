@@ -21,21 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import MANIFEST, atomic_folder, hash_inputs, make_manifest, sha256_file, write_manifest
+from ..data.files import MANIFEST, atomic_folder, hash_inputs
 from .config import ModelConfig
 from .model import Decoder
+from .model_files import carried_files, write_model_manifest
 from .safetensors_io import SafetensorsFolder, SafetensorsWriter
 
 CHUNK_ELEMENTS = 4 << 20  # 16 MB of fp32
 LOADABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Tensors that older transformers stored beside the weights and that are functions of config.json.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-# What belongs to a model besides its weights. Not README.md: a model card speaks of the weights it was written for.
-CARRIED = (
-    *("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "vocab.json"),
-    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
 
 
 @dataclass(frozen=True)
@@ -219,21 +214,6 @@ def export_model(
                         raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); {out} not written")
                     writer.write_range(name, lo, values)
         write_model_manifest(folder, "model", inputs=_hash_model(source), provenance=dict(provenance or {}))
-
-
-def write_model_manifest(folder: Path, kind: str, *, inputs: Mapping[str, Any], **extra: Any) -> None:
-    """The manifest of a finished model folder; `files` has the checksums that `steep verify` compares."""
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_manifest(folder, make_manifest(kind, inputs=inputs, files=files, **extra))
-
-
-def carried_files(folder: str | Path) -> list[Path]:
-    """Files of a model folder that a model derived from it takes along: all that says how to use it, no weights."""
-    return sorted({path for pattern in CARRIED for path in Path(folder).glob(pattern) if path.is_file()})
 
 
 def _hash_model(source: SafetensorsFolder) -> dict[str, dict[str, Any]]:

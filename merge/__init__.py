@@ -1,13 +1,13 @@
 """Merging models: mergekit's YAML, exact methods on tensors, and a streaming executor over safetensors folders.
 
-`merge(config, out)` does all of it; `plan_merge` shows what would be done without reading weights; the methods are pure
-functions on tensors.
+`merge(config, out)` does all of it, `sweep` for several values of one key at once; `plan_merge` shows what would be
+done without reading weights; the methods are pure functions on tensors.
 """
 
 from .averaging import average_config, ema_weights, selected_weights, uniform_weights, wsm_weights
 from .config import MergeConfig, parse_config, read_yaml
 from .consensus import consensus_ta, ram, ramplus_tl, sce, tall_mask, ties, ties_consensus
-from .executor import merge
+from .executor import Output, execute, merge, sweep
 from .fusion import arcee_fusion
 from .geometry import karcher, model_stock, multislerp, nuslerp, slerp
 from .methods import chat_vector, linear, lines, nearswap, passthrough, task_arithmetic
@@ -20,6 +20,7 @@ __all__ = [
     "MergeConfig",
     "MergePlan",
     "Noise",
+    "Output",
     "TensorPlan",
     "arcee_fusion",
     "average_config",
@@ -28,6 +29,7 @@ __all__ = [
     "dare",
     "della",
     "ema_weights",
+    "execute",
     "iso_c",
     "karcher",
     "linear",
@@ -46,6 +48,7 @@ __all__ = [
     "sce",
     "selected_weights",
     "slerp",
+    "sweep",
     "tall_mask",
     "task_arithmetic",
     "ties",

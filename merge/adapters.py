@@ -141,9 +141,9 @@ class AdaptedModel:
         else:
             self.base.will_read(name, lo, count)
 
-    def end_of(self, name: str) -> int:
+    def span(self, name: str) -> tuple[int, int]:
         """In `file_of(name)`."""
-        return self._stored.end_of(self._replaced[name]) if name in self._replaced else self.base.end_of(name)
+        return self._stored.span(self._replaced[name]) if name in self._replaced else self.base.span(name)
 
     def close(self) -> None:
         self.base.close()

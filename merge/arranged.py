@@ -41,7 +41,7 @@ class TensorReader(Protocol):
         ...
 
     def will_read(self, name: str, lo: int, count: int) -> None: ...
-    def end_of(self, name: str) -> int: ...
+    def span(self, name: str) -> tuple[int, int]: ...
     def close(self) -> None: ...
 
 
@@ -168,12 +168,12 @@ class ArrangedModel:
         if name not in self.arranged:
             self.base.will_read(name, lo, count)
 
-    def end_of(self, name: str) -> int:
+    def span(self, name: str) -> tuple[int, int]:
         """In `file_of(name)`."""
         if name not in self.arranged:
-            return self.base.end_of(name)
+            return self.base.span(name)
         model = self._first_model(name)
-        return self.models[model].end_of(self.arranged[name].tensors[model])
+        return self.models[model].span(self.arranged[name].tensors[model])
 
     def close(self) -> None:
         self.base.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.files import MANIFEST, check_absent, read_json
 from ..engine.safetensors_io import SafetensorsFolder
-from ..engine.weights import carried_files
+from ..engine.model_files import carried_files
 from .adapters import AdaptedModel
 from .arranged import TensorReader
 from .config import resolve_model

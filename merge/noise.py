@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.philox import philox_bits
-
 WORDS = 1 << 32
 
 
@@ -40,6 +38,8 @@ class Noise:
         Args:
             thresholds: in [0, 2^32], one for all or int64 [count].
         """
+        from ..kernels.philox import philox_bits  # seconds of imports that merges without noise can do without
+
         words = philox_bits(self.key, self.stream, lo, count, device)
         return torch.lt(words, thresholds, out=torch.empty(count, device=device))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.files import read_json
-from ..engine.weights import carried_files
+from ..engine.model_files import carried_files
 from .chat_templates import choose_template, read_template
 from .findings import Findings
 from .vocabulary import OTHER_VOCABULARIES, OutputVocabulary
