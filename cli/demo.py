@@ -326,7 +326,7 @@ def recipe(settings: Settings, out: Path) -> dict[str, Any]:
     }
     batch = {"sequences": settings.step_sequences}
     if settings.precision == "float32":  # one at a time, to stay well below 4 GB
-        batch = {"sequences": 1, "accumulation": settings.step_sequences}
+        batch = {"sequences": 1, "micro_batches": settings.step_sequences}
     return {
         "model": str(out / "base"),
         "out": str(out / "train"),

@@ -76,6 +76,11 @@ class _PackedStore:
         rows = slice(self.index.seq_ptr[seq], self.index.seq_ptr[seq + 1])
         return zip(self.index.doc[rows].tolist(), self.index.start[rows].tolist(), self.index.length[rows].tolist())
 
+    def num_valid(self, seq: int) -> int:
+        """Targets of a sequence: every token of a piece but its first."""
+        rows = slice(self.index.seq_ptr[seq], self.index.seq_ptr[seq + 1])
+        return int(self.index.length[rows].sum()) - (rows.stop - rows.start)
+
     def identity(self) -> list[str]:
         """Checksums of the tokens and of the boundaries."""
         return [shard[key] for shard in self.store.manifest["shards"] for key in ("sha256", "offsets_sha256")]
@@ -103,12 +108,15 @@ class BatchLoader:
         seed: int = 0,
         packing: str = "best_fit",
         phases: Sequence[Phase] = (),
+        skip_samples: Iterable[int] = (),
     ) -> None:
         """Opens the stores and packs them (seconds per million documents).
 
         Args:
             sources: their weights hold from sample 0 on.
             phases: later changes of the weights, one weight per source.
+            skip_samples: numbers of samples that are replaced by padding without targets; all others stay where they
+                are.
 
         Raises:
             FileNotFoundError, ValueError: a store that does not open, stores of different tokenizers, or a mixture that
@@ -130,6 +138,7 @@ class BatchLoader:
             seed,
             [source.max_epochs for source in sources],
         )
+        self.skip_samples = frozenset(skip_samples)
         self._assembler = _Assembler(self._packed, seq_len)
 
     @classmethod
@@ -140,13 +149,25 @@ class BatchLoader:
             Phase(phase.start, tuple(phase.weights.get(source.name, 0.0) for source in sources))
             for phase in config.phases
         ]
-        return cls(sources, config.seq_len, seqs_per_batch, config.seed, config.packing, phases)
+        skipped = (p for first, last in config.skip_samples for p in range(first, last + 1))
+        return cls(sources, config.seq_len, seqs_per_batch, config.seed, config.packing, phases, skipped)
 
     def batch_at(self, first_sample: int, count: int | None = None) -> PackedBatch:
         """Samples first_sample .. first_sample + count - 1; `count` is `seqs_per_batch` by default."""
         count = self.seqs_per_batch if count is None else count
-        samples = [self.order(p) for p in range(first_sample, first_sample + count)]
-        return self._assembler.assemble([(source, seq) for source, _, seq in samples])
+        return self._assembler.assemble([self._sequence(p) for p in range(first_sample, first_sample + count)])
+
+    def num_valid(self, first_sample: int, count: int) -> int:
+        """Targets in these samples, from the packing alone: what every rank divides its loss by."""
+        sequences = (self._sequence(p) for p in range(first_sample, first_sample + count))
+        return sum(self._packed[source].num_valid(seq) for source, seq in filter(None, sequences))
+
+    def _sequence(self, sample: int) -> tuple[int, int] | None:
+        """(source, sequence) of a sample; None if it is skipped."""
+        if sample in self.skip_samples:
+            return None
+        source, _, seq = self.order(sample)
+        return source, seq
 
     def check_model(self, vocab_size: int, fingerprint: str | None = None) -> None:
         """`TokenStore.check_model` of every source."""
@@ -161,6 +182,7 @@ class BatchLoader:
         """SHA-256 of what decides the first `num_samples` samples (None: all). A checkpoint after p samples may go on
         with any loader of the same `fingerprint_at(p)`, such as one with a phase appended at p or later."""
         phases = [phase for phase in self.order.phases if num_samples is None or phase.start < max(1, num_samples)]
+        skipped = sorted(p for p in self.skip_samples if num_samples is None or p < num_samples)
         used = [i for i in range(len(self._packed)) if any(phase.weights[i] > 0 for phase in phases)]
         return sha256_json(
             {
@@ -169,6 +191,7 @@ class BatchLoader:
                 "packing": self.packing,
                 "sources": [[self.source_names[i], self._packed[i].identity()] for i in used],
                 "phases": [[phase.start, [float(phase.weights[i]) for i in used]] for phase in phases],
+                **({"skipped": skipped} if skipped else {}),
             }
         )
 

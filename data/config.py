@@ -50,6 +50,8 @@ class DataConfig(_Strict):
     packing: "best_fit" (cuts no document that fits) or "concat" (no padding).
     seed: of the order in which sequences come.
     phases: changes of the mixture during the run.
+    skip_samples: [first, last] numbers of samples (packed sequences, as the metrics name them) that are left out: their
+        places are padding, and every other sample stays where it is.
     """
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
@@ -57,6 +59,7 @@ class DataConfig(_Strict):
     packing: Literal["best_fit", "concat"] = "best_fit"
     seed: int = 0
     phases: list[PhaseConfig] = []
+    skip_samples: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]] = []
     validation: list[ValidationConfig] = []
 
     @model_validator(mode="after")
@@ -68,6 +71,9 @@ class DataConfig(_Strict):
                 raise ValueError(f"{what}: the name {twice[0]!r} is given twice")
         if not any(source.weight for source in self.sources):
             raise ValueError("sources: every weight is 0, at least one must be positive")
+        for first, last in self.skip_samples:
+            if last < first:
+                raise ValueError(f"skip_samples: [{first}, {last}] ends before it begins; allowed: [first, last]")
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases: must start later and later, found {starts}")

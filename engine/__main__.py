@@ -1,4 +1,8 @@
-"""`python -m steep.engine RECIPE [key=value ...]`: training, alone or under torchrun."""
+"""`python -m steep.engine RECIPE [key=value ...]`: training, alone or under torchrun.
+
+Status: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 the system failed (disk, network); 2 the user's
+mistake; 3 the run diverged; 4 another process is dead or stuck; 130 stopped by SIGINT with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,28 @@ import os
 import sys
 
 
-def main() -> None:
-    """Train by a recipe; a user's mistake is one line on stderr and status 2, a diverged run status 1."""
-    arguments = sys.argv[1:]
+def main(arguments: list[str] | None = None) -> None:
+    """Train by a recipe; what ends it is one line on stderr. arguments: those of the command line if None."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m steep.engine RECIPE [key=value ...]", file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else 2)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        print(f"steep: started with {world_size} processes; this version trains in one process only", file=sys.stderr)
-        sys.exit(2)
+    from .ranks import is_agreed
     from .trainer import TrainingDiverged, train
+    from .watchdog import PEER_LOST, PeerLost
 
+    statuses = {
+        TrainingDiverged: 3, PeerLost: PEER_LOST, ValueError: 2, FileNotFoundError: 2, FileExistsError: 2, OSError: 1,
+    }  # fmt: skip
     try:
         train(arguments[0], arguments[1:])
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"steep: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (TrainingDiverged, OSError) as error:
-        print(f"steep: {error}", file=sys.stderr)
-        sys.exit(1)
+    except tuple(statuses) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not is_agreed(error):  # what all ranks raise is said once
+            notes = getattr(error, "__notes__", [])
+            print(" ".join(["steep:", *([f"rank {rank}:"] if rank else []), str(error), *notes]), file=sys.stderr)
+        sys.exit(next(status for kind, status in statuses.items() if isinstance(error, kind)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a decoder computes: `ModelConfig`, read from the `config.json` of a Hugging Face model folder.
 
-Families: llama, mistral, qwen2 (and 2.5), qwen3, in the layouts of transformers 4 and 5. Knows nothing of weights or
-modules. A key that changes the mathematics in a way that `model.py` does not compute is refused by name, and so is
-every key that is not known at all: a wrong model that runs is worse than one that does not load.
+Families: llama, mistral, mixtral, qwen2 (and 2.5), qwen3, in the layouts of transformers 4 and 5. Knows nothing of
+weights or modules. A key that changes the mathematics in a way that `model.py` does not compute is refused by name, and
+so is every key that is not known at all: a wrong model that runs is worse than one that does not load.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from ..data.files import read_json
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+MAX_EXPERTS = 1024  # of `kernels.route`
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # The parameters of each kind of rotary scaling: those it must have, those it may have. Formulas: `rope.py`.
@@ -53,6 +55,10 @@ _READ = {
 _READ_BY_FAMILY: dict[str, set[str]] = {
     "llama": set(),
     "mistral": {"sliding_window"},
+    "mixtral": {
+        *("sliding_window", "num_local_experts", "num_experts_per_tok"),
+        *("output_router_logits", "router_aux_loss_coef"),
+    },
     "qwen2": {"sliding_window", "use_sliding_window", "max_window_layers"},
     "qwen3": {"sliding_window", "use_sliding_window", "max_window_layers"},
 }
@@ -74,6 +80,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_BY_FAMILY: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {"use_sliding_window": (False,)},
     "mistral": {"attention_bias": (False,), "use_sliding_window": (False,)},
+    "mixtral": {"attention_bias": (False,), "use_sliding_window": (False,), "router_jitter_noise": (0,)},
     "qwen2": {"attention_bias": (True,)},
     "qwen3": {},
 }
@@ -103,6 +110,10 @@ class ModelConfig:
     each head of q and k before the rotation. `layer_windows[i]`: the number of last keys, itself included, that a token
     sees in layer i (None: all). `rope_scaling`: None, or {"rope_type": "linear" | "llama3" | "yarn", its parameters}.
     `torch_dtype`: the dtype that the weights are said to have, None where the file does not say.
+
+    `num_local_experts`, `num_experts_per_tok`: of the mixture that each MLP is; None, None for dense models.
+    `router_aux_loss_coef`: what the load-balancing loss is multiplied by where `output_router_logits` asks for it (in
+    transformers' training; released models do not ask for it).
     """
 
     model_type: str
@@ -126,6 +137,10 @@ class ModelConfig:
     torch_dtype: torch.dtype | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -163,8 +178,9 @@ class ModelConfig:
         num_layers = given.positive_int("num_hidden_layers")
         sliding_window, layer_windows = _windows(given, family, num_layers)
         max_positions = given.positive_int("max_position_embeddings")
-        rope_theta, rope_scaling = _rope(given, max_positions)
-        bias = {"mistral": False, "qwen2": True}.get(family, given.boolean("attention_bias", default=False))
+        rope_theta, rope_scaling = _rope(given, max_positions, default_theta=1e6 if family == "mixtral" else 1e4)
+        # mistral and mixtral have none: _NEUTRAL_BY_FAMILY
+        bias = family == "qwen2" or given.boolean("attention_bias", default=False)
         return cls(
             model_type=family,
             vocab_size=given.positive_int("vocab_size"),
@@ -187,6 +203,7 @@ class ModelConfig:
             torch_dtype=_dtype(given),
             bos_token_id=given.token_ids("bos_token_id")[0] if "bos_token_id" in given.values else None,
             eos_token_ids=given.token_ids("eos_token_id"),
+            **(_mixture(given) if family == "mixtral" else {}),
         )
 
 
@@ -209,6 +226,12 @@ class _Given:
         value = self.get(key, int, default, "a positive integer")
         if value <= 0:
             raise ValueError(f"{self.source}: {key} is {value}; allowed: a positive integer")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = float(self.get(key, (int, float), default, "a number, 0 or more"))
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{self.source}: {key} is {value}; allowed: a number, 0 or more")
         return value
 
     def positive_number(self, key: str, default: float | None = None) -> float:
@@ -275,7 +298,23 @@ def _windows(given: _Given, family: str, num_layers: int) -> tuple[int | None, t
     return window, tuple(window if kind == "sliding_attention" else None for kind in stated)
 
 
-def _rope(given: _Given, max_positions: int) -> tuple[float, dict[str, Any] | None]:
+def _mixture(given: _Given) -> dict[str, Any]:
+    """The fields of a mixture of experts; defaults, where the file may be silent, are transformers'."""
+    experts, per_token = given.positive_int("num_local_experts"), given.positive_int("num_experts_per_tok")
+    if not per_token <= experts <= MAX_EXPERTS:
+        raise ValueError(
+            f"{given.source}: num_experts_per_tok is {per_token} and num_local_experts is {experts}; "
+            f"allowed: num_experts_per_tok <= num_local_experts <= {MAX_EXPERTS}"
+        )
+    return {
+        "num_local_experts": experts,
+        "num_experts_per_tok": per_token,
+        "router_aux_loss_coef": given.number("router_aux_loss_coef", default=0.001),
+        "output_router_logits": given.boolean("output_router_logits", default=False),
+    }
+
+
+def _rope(given: _Given, max_positions: int, default_theta: float) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling) from `rope_scaling` + `rope_theta` (transformers 4) or `rope_parameters` (5)."""
     source = given.source
     stated = {key: given.get(key, dict, {}, "an object or null") for key in ("rope_scaling", "rope_parameters")}
@@ -284,7 +323,7 @@ def _rope(given: _Given, max_positions: int) -> tuple[float, dict[str, Any] | No
     rope = {k: v for k, v in (stated["rope_scaling"] or stated["rope_parameters"]).items() if v is not None}
     inner = _Given(rope, f"{source}: rope_parameters" if stated["rope_parameters"] else f"{source}: rope_scaling")
 
-    theta = given.positive_number("rope_theta", default=10000.0)
+    theta = given.positive_number("rope_theta", default=default_theta)
     if "rope_theta" in rope:
         theta = inner.positive_number("rope_theta")
         if given.values.get("rope_theta", theta) != theta:

@@ -13,29 +13,38 @@ tensor, to be fetched when the caller likes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.batch import IGNORE, PackedBatch
-from ..kernels import linear_cross_entropy
+from ..kernels import expert_load, load_balancing_loss
 from .config import ModelConfig
-from .model import Decoder
+from .model import Decoder, Routing
 from .optimizer import AdamW, AdamWConfig
+from .parallel import ParallelConfig, reshard, set_last_micro_batch, shard_decoder
 from .weights import export_model, load_weights
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SourceLoss(NamedTuple):
-    """Sums over one packed batch, by data source: `nll` fp32 [S] in nats and `tokens` int64 [S], both on the device."""
+    """Sums over one packed batch, by data source: `nll` fp32 [S] in nats and `tokens` int64 [S], both on the device.
+
+    `expert_load` int64 [layers, experts], on the device: tokens that each expert read, padding not counted; None for a
+    dense model.
+    """
 
     nll: Tensor
     tokens: Tensor
+    expert_load: Tensor | None = None
 
 
 class Engine:
@@ -46,26 +55,31 @@ class Engine:
         decoder: Decoder,
         optimizer: AdamWConfig | None = None,
         *,
-        accumulate_in_fp32: bool = True,
+        accumulate_in_fp32: bool | None = None,
+        parallel: ParallelConfig | None = None,
         source_folder: str | Path | None = None,
     ) -> None:
-        """Train `decoder` in the dtype and on the device it has.
+        """Train `decoder` in the dtype and on the device it has, sharded or not.
 
         Args:
             decoder: parameters all fp32 or all bf16.
             optimizer: AdamW settings; the defaults of AdamWConfig if None.
             accumulate_in_fp32: hold the gradients of bf16 parameters in fp32. Needed for exact sums over several
-                micro batches; costs 2 bytes per parameter more than bf16.
+                micro batches; costs 2 bytes per parameter more than bf16. None: unless the optimizer is `in_backward`.
+            parallel: how a sharded decoder communicates; the defaults of ParallelConfig if None.
             source_folder: Hugging Face folder the decoder came from, whose config and tokenizer an export carries.
         """
         self.decoder = decoder
         self.config: ModelConfig = decoder.config
         self.source_folder = source_folder
-        self.optimizer = AdamW(decoder.named_parameters(), optimizer or AdamWConfig())
+        # of the load-balancing loss, as transformers would train this model; set it for another
+        self.router_aux_loss_coef = self.config.router_aux_loss_coef if self.config.output_router_logits else 0.0
+        self.parallel = parallel or ParallelConfig()
+        optimizer = optimizer or AdamWConfig()
+        if accumulate_in_fp32 is None:
+            accumulate_in_fp32 = not optimizer.in_backward
+        self.optimizer = AdamW(decoder.named_parameters(), optimizer, accumulate_in_fp32=accumulate_in_fp32)
         self.device = self.optimizer.device
-        if accumulate_in_fp32:
-            for parameter in decoder.parameters():
-                parameter.grad_dtype = torch.float32
 
     @classmethod
     def load(
@@ -75,9 +89,12 @@ class Engine:
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str | torch.device = "cpu",
         optimizer: AdamWConfig | None = None,
-        accumulate_in_fp32: bool = True,
+        accumulate_in_fp32: bool | None = None,
+        mesh: DeviceMesh | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> Engine:
-        """Load a Hugging Face folder (config.json, safetensors).
+        """Load a Hugging Face folder (config.json, safetensors), sharded over `mesh` if one is given
+        (`parallel.make_mesh`): each rank reads the rows that it holds.
 
         Raises:
             FileNotFoundError, ValueError: what is missing, damaged or not supported, by name.
@@ -86,26 +103,41 @@ class Engine:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         with torch.device("meta"):
             decoder = Decoder(ModelConfig.from_folder(path))
+        decoder.to(DTYPES[dtype])
+        if mesh is not None:
+            shard_decoder(decoder, mesh, parallel or ParallelConfig())
         load_weights(decoder, path, dtype=DTYPES[dtype], device=device)
-        return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, source_folder=path)
+        return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, parallel=parallel, source_folder=path)
 
-    def forward_backward(self, batch: PackedBatch, num_valid: int, num_sources: int = 1) -> SourceLoss:
-        """Add the gradient of sum(nll) / num_valid over one packed batch.
+    def begin_step(self, lr: float) -> None:
+        """Needed before the forward_backward of a step with `optimizer.in_backward`, which updates as it goes."""
+        self.optimizer.begin(lr)
+
+    def forward_backward(
+        self, batch: PackedBatch, num_valid: int, num_sources: int = 1, *, last: bool = True
+    ) -> SourceLoss:
+        """Add the gradient of sum(nll) / num_valid over one packed batch, and of a mixture's load-balancing loss times
+        `router_aux_loss_coef` and the batch's share of num_valid.
 
         Args:
             batch: packed documents, as numpy arrays on the host.
-            num_valid: valid labels of the whole optimizer step, over all micro batches: what makes the gradient that
-                of the mean over tokens however the step is cut up.
+            num_valid: valid labels of the whole optimizer step, over all micro batches of all ranks: what makes the
+                gradient that of the mean over tokens however the step is cut up.
             num_sources: S of the returned sums; source ids of the batch must be below it.
+            last: this is the rank's last micro batch of the step (for `parallel.reduce_every: step`).
         """
+        if self.parallel.reduce_every == "step":
+            set_last_micro_batch(self.decoder, last)
         loss, sources = self._forward(batch, num_sources, num_valid)
         loss.backward()
         return sources
 
     @torch.no_grad()
     def eval_nll(self, batch: PackedBatch, num_sources: int = 1) -> SourceLoss:
-        """The same sums without gradients."""
-        return self._forward(batch, num_sources)[1]
+        """The same sums without gradients. With several ranks all must call it, as often as each other."""
+        sources = self._forward(batch, num_sources)[1]
+        reshard(self.decoder)
+        return sources
 
     def _forward(self, batch: PackedBatch, num_sources: int, num_valid: int = 1) -> tuple[Tensor, SourceLoss]:
         """The loss, sum(nll) / num_valid, and the sums by source."""
@@ -116,20 +148,43 @@ class Engine:
         source_T = np.repeat(batch.source_ids, np.diff(batch.cu_seqlens))
         tokens_S = np.bincount(source_T[batch.labels != IGNORE], minlength=num_sources)
 
+        routing: list[Routing] = []
         hidden_TD = self.decoder(
-            self._to_device(batch.tokens),
-            self._to_device(batch.positions),
-            self._to_device(batch.cu_seqlens),
+            *(self._to_device(array) for array in (batch.tokens, batch.positions, batch.cu_seqlens)),
             batch.max_seqlen,
+            routing=routing,
         )
         scale = torch.full((), 1.0 / num_valid, dtype=torch.float32, device=self.device)
-        loss, nll_T = linear_cross_entropy(
-            hidden_TD, self.decoder.head_weight, self._to_device(batch.labels), scale=scale, ignore_index=IGNORE
-        )
+        main_grad = self.optimizer.main_grad(self.decoder.head_weight) if torch.is_grad_enabled() else None
+        loss, nll_T = self.decoder.loss(
+            *(hidden_TD, self._to_device(batch.labels)),
+            scale=scale, ignore_index=IGNORE, num_valid=batch.num_valid, main_grad=main_grad,
+        )  # fmt: skip
         # A masked sum for each source, not index_add: on a GPU that adds in an order that changes from run to run.
-        is_source_ST = self._to_device(source_T) == torch.arange(num_sources, device=self.device)[:, None]
+        of_source_T = self._to_device(source_T)
+        is_source_ST = of_source_T == torch.arange(num_sources, device=self.device)[:, None]
         nll_S = torch.where(is_source_ST, nll_T, 0.0).sum(dim=1)
-        return loss, SourceLoss(nll_S, self._to_device(tokens_S))
+        load_LE = None
+        if self.config.num_local_experts is not None:
+            aux_loss, load_LE = self._balance(routing, of_source_T >= 0)
+            if batch.num_valid:
+                loss = loss + aux_loss * (batch.num_valid / num_valid)
+        return loss, SourceLoss(nll_S, self._to_device(tokens_S), load_LE)
+
+    def _balance(self, routing: list[Routing], is_text_T: Tensor) -> tuple[Tensor | float, Tensor]:
+        """(weighted load-balancing loss of a mixture of experts, tokens per layer and expert), without padding."""
+        experts, active = self.config.num_local_experts, self.config.num_experts_per_tok
+        assert experts is not None
+        assert active is not None
+        assert len(routing) == self.config.num_hidden_layers
+        load_LE = torch.stack(
+            [expert_load(torch.where(is_text_T[:, None], chosen_TA, experts), experts) for _, chosen_TA in routing]
+        )
+        coefficient = self.router_aux_loss_coef
+        if coefficient == 0:
+            return 0.0, load_LE.long()
+        logits = [logits_TE for logits_TE, _ in routing]
+        return coefficient * load_balancing_loss(logits, active, mask=is_text_T), load_LE.long()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -137,19 +192,27 @@ class Engine:
             tensor = tensor.pin_memory()  # else the copy would wait for the device
         return tensor.to(self.device, non_blocking=True)
 
-    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, veto: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One optimizer step on the accumulated gradients, which it consumes.
 
+        Args:
+            veto: says of the gradient norm (fp32 0-dim, on the device) whether to skip the step: fp32 0-dim, 0 or 1.
+
         Returns:
-            grad_norm, skipped: fp32 0-dim device tensors; `skipped` is 1 where the norm was not finite and parameters,
-            moments and step count were left as they were.
+            grad_norm, skipped: fp32 0-dim device tensors; `skipped` is 1 where the norm was not finite or vetoed and
+            parameters, moments and step count were left as they were.
         """
-        return self.optimizer.step(lr)
+        return self.optimizer.step(lr, veto)
 
     def export(
-        self, path: str | Path, dtype: torch.dtype | None = None, provenance: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        parallel_write: bool = True,
     ) -> None:
-        """Publish a Hugging Face folder that transformers opens: see `weights.export_model`.
+        """Publish a Hugging Face folder that transformers opens: see `weights.export_model`. Every rank calls it.
 
         Raises:
             ValueError: the engine was not made from a folder.
@@ -157,11 +220,13 @@ class Engine:
         """
         if self.source_folder is None:
             raise ValueError("export needs the folder whose config and tokenizer to carry: give Engine source_folder")
-        export_model(self.decoder, self.source_folder, path, dtype=dtype, provenance=provenance)
+        export_model(
+            *(self.decoder, self.source_folder, path, dtype, provenance), parallel_write=parallel_write
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves."""
-        state = {f"model.{name}": parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        state = {f"model.{name}": parameter.detach() for name, parameter in self.optimizer.parameters.items()}
         state.update({f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()})
         return state
 

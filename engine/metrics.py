@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -45,15 +46,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def training_flops(config: ModelConfig, document_lengths: np.ndarray) -> float:
     """Floating-point operations of one forward and backward over packed documents of these lengths.
 
-    6 per weight of a matrix product and token (head included, embedding look-up not), and 12 per head dimension and
-    pair of positions that attention really computes: within a document, causal, within the layer's window. So padding,
-    masked-out pairs and recomputation do not count as useful work.
+    6 per weight of a matrix product and token (head included, embedding look-up not; of a mixture the router and the
+    experts that a token goes to), and 12 per head dimension and pair of positions that attention really computes:
+    within a document, causal, within the layer's window. So padding, masked-out pairs and recomputation do not count as
+    useful work.
     """
     lengths = document_lengths.astype(np.float64)
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    layer_weights = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
+    experts, active = config.num_local_experts or 0, config.num_experts_per_tok or 1
+    layer_weights = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner * active + hidden * experts
     weights = config.num_hidden_layers * layer_weights + hidden * config.vocab_size
     pairs = 0.0
     for window in config.layer_windows:
@@ -93,10 +96,12 @@ class MetricsFile:
     had still written, are dropped when it is opened, and will be written again.
     """
 
-    def __init__(self, path: Path, resumed_step: int, tensorboard: bool = False) -> None:
-        """`resumed_step`: the step after which the run goes on; -1 for a new run."""
+    def __init__(self, path: Path | None, resumed_step: int, tensorboard: bool = False) -> None:
+        """`path`: None writes nothing (ranks other than the first). `resumed_step`: the step after which the run goes
+        on; -1 for a new run."""
         self.dropped = 0
-        if path.exists():
+        path = path or Path(os.devnull)
+        if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= resumed_step]
             self.dropped = len(lines) - len(kept)

@@ -6,10 +6,12 @@ Apart from `engine/weights.py` so that whoever only moves files (merging) need n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..data.files import MANIFEST, make_manifest, sha256_file, write_manifest
+from .ranks import Ranks
 
 # What belongs to a model besides its weights. Not README.md: a model card speaks of the weights it was written for.
 CARRIED = (
@@ -20,20 +22,34 @@ CARRIED = (
 
 
 def write_model_manifest(
-    folder: Path, kind: str, *, inputs: Mapping[str, Any], sized: Collection[str] = (), **extra: Any
+    folder: Path,
+    kind: str,
+    *,
+    inputs: Mapping[str, Any],
+    sized: Collection[str] = (),
+    ranks: Ranks | None = None,
+    **extra: Any,
 ) -> None:
     """The manifest of a finished model folder; `files` has the checksums that `steep verify` compares.
 
     Args:
         sized: files of which only the size is recorded, because `tensors` in `extra` has the SHA-256 of each tensor.
+        ranks: all of them must call it, and share the work of hashing; rank 0 writes.
     """
-    files: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST:
+    ranks = ranks or Ranks()
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    paths: list[Path] = ranks.exchange(found)[0]  # what rank 0 sees, should a network file system be late elsewhere
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    own = [path for path in paths if names[path] not in sized][ranks.rank :: ranks.size]
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(sha256_file, own))
+    hashed = {path: digest for each in ranks.exchange(dict(zip(own, hashes))) for path, digest in each.items()}
+    if ranks.rank == 0:
+        files: dict[str, Any] = {}
+        for path, name in names.items():
             size = path.stat().st_size
-            files[name] = size if name in sized else {"sha256": sha256_file(path), "bytes": size}
-    write_manifest(folder, make_manifest(kind, inputs=inputs, files=files, **extra))
+            files[name] = {"sha256": hashed[path], "bytes": size} if path in hashed else size
+        write_manifest(folder, make_manifest(kind, inputs=inputs, files=files, **extra))
 
 
 def carried_files(folder: str | Path) -> list[Path]:

@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..data.config import DataConfig
 from .optimizer import AdamWConfig
+from .parallel import ParallelConfig
 from .schedule import ScheduleConfig
+from .spikes import SpikeConfig
 
 
 class _Section(BaseModel):
@@ -25,10 +27,11 @@ class _Section(BaseModel):
 
 
 class BatchConfig(_Section):
-    """sequences: packed sequences in one forward and backward. accumulation: how many of those make one step."""
+    """sequences: packed sequences in one forward and backward, a micro batch. micro_batches: how many of those make one
+    optimizer step, over all processes; so a step is the same step however many processes share it."""
 
     sequences: int = Field(default=1, ge=1)
-    accumulation: int = Field(default=1, ge=1)
+    micro_batches: int = Field(default=1, ge=1)
 
 
 class ValidationConfig(_Section):
@@ -43,18 +46,22 @@ class ValidationConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """every: steps between checkpoints; keep: how many are kept."""
+    """every: steps between checkpoints; keep: how many are kept, the newest healthy one in any case. background: copy
+    the state to host memory and write it while training goes on; off: no memory for a copy, and training waits."""
 
     every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
+    background: bool = True
 
 
 class ExportConfig(_Section):
     """every: steps between exports of the model in Hugging Face form (None: only at the end); dtype of their tensors
-    (None: that of training)."""
+    (None: that of training). parallel_write: every process writes its part of the files of exports and checkpoints;
+    off, for file systems where several machines cannot write to one file: all is sent to rank 0, which writes."""
 
     every: int | None = Field(default=None, ge=1)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    parallel_write: bool = True
 
 
 class LogConfig(_Section):
@@ -70,8 +77,12 @@ class TrainRecipe(_Section):
     model: Hugging Face folder to start from. out: folder for everything that the run writes.
     steps, tokens, epochs: exactly one says how long it runs. tokens counts positions of packed sequences; an epoch is
         as many sequences as all sources have together. Both are rounded up to whole steps.
-    precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight.
-    max_consecutive_skips: the run stops when so many steps in a row had a gradient that was not finite.
+    precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight (`optimizer.master`).
+    recompute: what backward computes again rather than forward keeping it: nothing, the gate and up projections
+        (`selective`: most of the memory, a sixth more FLOPs), or whole layers (`full`). The gradients are the same.
+    float8: scaling of float8 operands in the layers' projections (None: they are as precise as the weights).
+    max_consecutive_skips: the run stops when so many steps in a row were skipped, for a gradient that was not finite or
+        a spike.
     """
 
     model: Path
@@ -84,8 +95,12 @@ class TrainRecipe(_Section):
     tokens: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    float8: Literal["rowwise", "blockwise"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_consecutive_skips: int = Field(default=5, ge=1)
+    spikes: SpikeConfig = SpikeConfig()
+    parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
@@ -96,6 +111,11 @@ class TrainRecipe(_Section):
         given = [key for key in ("steps", "tokens", "epochs") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, tokens and epochs; given: {', '.join(given) or 'none'}")
+        if self.optimizer.in_backward and self.batch.micro_batches > 1:
+            raise ValueError(
+                "optimizer.in_backward keeps no gradient to add to: batch.micro_batches is "
+                f"{self.batch.micro_batches}; allowed: 1"
+            )
         return self
 
 
@@ -103,7 +123,7 @@ class TrainRecipe(_Section):
 # The model and the data are not compared by their keys but by their content (trainer.py).
 FREE_KEYS = (
     *("model", "data", "data.validation", "out", "device", "max_consecutive_skips"),
-    *("validation", "checkpoint", "export", "log"),
+    *("validation", "checkpoint", "export", "log", "parallel", "recompute", "spikes.factor"),
 )
 
 

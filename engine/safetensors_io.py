@@ -4,24 +4,28 @@ The format (https://github.com/huggingface/safetensors) is 8 bytes of header len
 byte range of each tensor, and the bytes. A folder holds either `model.safetensors`, or shards and
 `model.safetensors.index.json`. Headers are read and written here so that a damaged file is named before any tensor is
 read, bytes move by pread and pwrite between file and caller's memory (no mapping: resident memory stays what the caller
-allocates), and any number of threads may read and write at once. Knows nothing of models.
+allocates), and any number of threads and processes may read and write at once. Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import struct
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .ranks import Piece, Ranks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,6 +47,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_AHEAD_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype, shape
@@ -197,6 +202,23 @@ class SafetensorsFolder:
         entry = self._entry(name)
         return entry.offset, entry.offset + entry.numel * entry.dtype.itemsize
 
+    def read_ahead(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+        """The ranges (name, lo, hi) of flat elements as they are given, each a little after the system was told that it
+        will be read: the disk works while what came before is being used, which makes cold reads several times
+        faster. Ranges of a few megabytes do best."""
+        coming: deque[tuple[str, int, int]] = deque()
+        num_bytes = 0
+        for name, lo, hi in ranges:
+            size = (hi - lo) * self._entry(name).dtype.itemsize
+            self.will_read(name, lo, hi - lo)
+            coming.append((name, lo, hi))
+            num_bytes += size
+            while num_bytes > _AHEAD_BYTES:
+                ready = coming.popleft()
+                num_bytes -= (ready[2] - ready[1]) * self._entry(ready[0]).dtype.itemsize
+                yield ready
+        yield from coming
+
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""
         return _pread(entry, self._descriptors[entry.file], first, out)
@@ -272,7 +294,7 @@ def _read_entry(file: Path, name: str, value: Any) -> tuple[torch.dtype, tuple[i
 
 def _pread(entry: _Entry, descriptor: int, first: int, out: Tensor) -> Tensor:
     """Fill contiguous `out` with a tensor's elements from `first` on."""
-    view = _bytes_of(out)
+    view = bytes_of(out)
     offset, done = entry.offset + first * entry.dtype.itemsize, 0
     while done < len(view):  # one call reads 2 GiB at most
         count = os.preadv(descriptor, [view[done:]], offset + done)
@@ -282,7 +304,7 @@ def _pread(entry: _Entry, descriptor: int, first: int, out: Tensor) -> Tensor:
     return out
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
@@ -297,6 +319,10 @@ class SafetensorsWriter:
     that every element was written exactly once, makes the files durable and writes the index. Publishing is the
     folder's matter.
 
+    Several processes can write one set of files: each makes a writer with the same arguments, writes its own ranges and
+    closes it, and rank 0 creates the files, compares what was written and writes the index. An error of one is then
+    raised on all. What the files hold does not depend on who wrote what.
+
     Args:
         folder: existing folder for the files.
         specs: (name, dtype, shape) of each tensor, in the order in which the files shall hold them. Within a file
@@ -306,6 +332,9 @@ class SafetensorsWriter:
         file_of: {name: file name} of an existing layout to repeat, instead of `max_shard_bytes`.
         resume: files that an interrupted writer of the same specs left behind are gone on with; others are made anew.
             Nothing counts as written until `adopt` says so.
+        ranks: the processes that write together.
+        parallel: all ranks write at the same time. False, for file systems on which processes cannot write one file
+            side by side: `write_pieces` sends what the others hold to rank 0, which alone touches the files.
 
     Raises:
         ValueError: a name twice, a dtype the format does not have, wrong values given to write, parts left out.
@@ -321,24 +350,36 @@ class SafetensorsWriter:
         *,
         file_of: Mapping[str, str] | None = None,
         resume: bool = False,
+        ranks: Ranks | None = None,
+        parallel: bool = True,
     ) -> None:
         self.folder = Path(folder)
-        self._resume = resume
-        shards = _plan_shards(list(specs), max_shard_bytes, file_of)
+        self._ranks = ranks or Ranks()
+        self._gathers = not parallel and self._ranks.size > 1
         self._entries: dict[str, _Entry] = {}
         self._descriptors: dict[Path, int] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}  # by tensor: sorted element ranges, neighbours joined
         self._lock = threading.Lock()
         self.bytes_written, self._closed = 0, False
-        metadata = {"format": "pt"} if metadata is None else metadata
         try:
-            for file_name, shard in shards.items():
-                self._create(self.folder / file_name, shard, metadata)
+            with self._ranks.together():
+                shards = _plan_shards(list(specs), max_shard_bytes, file_of)
+                self._files = [self.folder / file_name for file_name in shards]
+                for file, shard in zip(self._files, shards.values()):
+                    header, num_bytes = self._lay_out(file, shard, {"format": "pt"} if metadata is None else metadata)
+                    if self._ranks.rank == 0 and not (resume and self._reopen(file, header, num_bytes)):
+                        self._descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                        _reserve(file, self._descriptors[file], num_bytes)
+                        self._pwrite(file, memoryview(header), 0)
+            with self._ranks.together():
+                if self._ranks.rank > 0 and parallel:
+                    self._descriptors.update((file, os.open(file, os.O_WRONLY)) for file in self._files)
         except BaseException:
             self._close_files()
             raise
 
-    def _create(self, file: Path, shard: list[TensorSpec], metadata: Mapping[str, str]) -> None:
+    def _lay_out(self, file: Path, shard: list[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+        """Header and size of a file; notes where its tensors lie."""
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         begins, end = [], 0
         for name, dtype, shape in shard:
@@ -350,17 +391,19 @@ class SafetensorsWriter:
         for (name, dtype, shape), begin in zip(shard, begins):
             self._entries[name] = _Entry(file, dtype, tuple(shape), 8 + len(text) + begin)
             self._written[name] = []
-        head = struct.pack("<Q", len(text)) + text
-        if self._resume and file.is_file():
-            self._descriptors[file] = os.open(file, os.O_RDWR)
-            size = os.fstat(self._descriptors[file]).st_size
-            if size == len(head) + end and os.pread(self._descriptors[file], len(head), 0) == head:
-                return
-            os.close(self._descriptors.pop(file))
-            file.unlink()
-        self._descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        _reserve(file, self._descriptors[file], len(head) + end)
-        self._pwrite(file, memoryview(head), 0)
+        return struct.pack("<Q", len(text)) + text, 8 + len(text) + end
+
+    def _reopen(self, file: Path, header: bytes, num_bytes: int) -> bool:
+        """Whether an interrupted writer left just this file; it is open then. Another one in its place is removed."""
+        if not file.is_file():
+            return False
+        self._descriptors[file] = os.open(file, os.O_RDWR)
+        size = os.fstat(self._descriptors[file]).st_size
+        if size == num_bytes and os.pread(self._descriptors[file], len(header), 0) == header:
+            return True
+        os.close(self._descriptors.pop(file))
+        file.unlink()
+        return False
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor of the declared dtype and shape, from any device."""
@@ -381,7 +424,19 @@ class SafetensorsWriter:
         with self._lock:
             _claim(self._written[name], lo, hi, name)
             self.bytes_written += values.numel() * values.dtype.itemsize
-        self._pwrite(entry.file, _bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
+        self._pwrite(entry.file, bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
+
+    def write_pieces(self, pieces: Iterable[Piece]) -> None:
+        """Write ranges (name, lo, values) as `write_range` does, best in the order of the files. All ranks must call
+        it, each with what it holds of the tensors; it returns when all are done."""
+        with self._ranks.together():
+            if not self._gathers:
+                for name, lo, values in pieces:
+                    self.write_range(name, lo, values)
+                return
+            with contextlib.closing(self._ranks.gather_pieces(pieces)) as gathered:
+                for name, lo, values in gathered:
+                    self.write_range(name, lo, values)
 
     def read_into(self, name: str, lo: int, out: Tensor) -> Tensor:
         """Fill `out`, a contiguous 1-D CPU tensor of the declared dtype, with what the file holds from element `lo`."""
@@ -425,23 +480,37 @@ class SafetensorsWriter:
             return
         self._closed = True
         try:
-            for name, entry in self._entries.items():
-                if entry.numel and self._written[name] != [(0, entry.numel)]:
-                    count = sum(hi - lo for lo, hi in self._written[name])
-                    raise ValueError(f"{entry.file}: {name} has {count} of {entry.numel} elements written")
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+            with self._ranks.together():
+                for descriptor in self._descriptors.values():
+                    os.fsync(descriptor)
         finally:
-            files = list(self._descriptors)
             self._close_files()
-        if [file.name for file in files] != [SINGLE_FILE]:
-            weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
-            total = sum(entry.numel * entry.dtype.itemsize for entry in self._entries.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            with open(self.folder / INDEX_FILE, "w", encoding="utf-8") as file:
-                file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        written_by_all = self._ranks.exchange(self._written)
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                self._check_complete(written_by_all)
+                self._write_index()
+
+    def _check_complete(self, written_by_all: list[dict[str, list[tuple[int, int]]]]) -> None:
+        for name, entry in self._entries.items():
+            ranges: list[tuple[int, int]] = []
+            for written in written_by_all:
+                for lo, hi in written[name]:
+                    _claim(ranges, lo, hi, name)
+            if entry.numel and ranges != [(0, entry.numel)]:
+                count = sum(hi - lo for lo, hi in ranges)
+                raise ValueError(f"{entry.file}: {name} has {count} of {entry.numel} elements written")
+
+    def _write_index(self) -> None:
+        if [file.name for file in self._files] == [SINGLE_FILE]:
+            return
+        weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
+        total = sum(entry.numel * entry.dtype.itemsize for entry in self._entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        with open(self.folder / INDEX_FILE, "w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _close_files(self) -> None:
         while self._descriptors:

@@ -1,12 +1,13 @@
 """The weights of a Decoder from and to a Hugging Face model folder.
 
-One table, `hf_tensors`, says which rows of which parameter each tensor of the folder is; loading and exporting walk it
-in the order of the files, in chunks, so that beyond the model itself a few megabytes are needed. Reads and writes model
-folders; knows no training.
+One table, `hf_tensors`, says which flat range of which parameter each tensor of the folder is; loading and exporting
+walk it in the order of the files, in chunks, so that beyond the model itself a few megabytes are needed. Reads and
+writes model folders; knows no training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -14,49 +15,57 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.files import MANIFEST, atomic_folder, hash_inputs
+from ..data.files import MANIFEST, hash_inputs
 from .config import ModelConfig
 from .model import Decoder
 from .model_files import carried_files, write_model_manifest
+from .ranks import Piece, Ranks
 from .safetensors_io import SafetensorsFolder, SafetensorsWriter
+from .shards import LocalShard, local_shard
+from .staging import Staging
 
 CHUNK_ELEMENTS = 4 << 20  # 16 MB of fp32
 LOADABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Our name of a layer's module -> Hugging Face's, where the two hold the same tensors.
+_RENAMED = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "down": "mlp.down_proj",
+}
 # Tensors that older transformers stored beside the weights and that are functions of config.json.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_STACKED = ".mlp.experts.gate_up_proj"  # in a folder whose experts are stacked
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One tensor of the folder is the rows [row, row + shape[0]) of a parameter."""
+    """One tensor of the folder is the elements [offset, offset + numel) of a parameter thought of as a flat array."""
 
     parameter: str
-    row: int
+    offset: int
     shape: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
-def hf_tensors(decoder: Decoder) -> dict[str, Placement]:
-    """{Hugging Face tensor name: Placement} of all weights; the rows of every parameter are covered exactly once."""
-    config = decoder.config
-    attended, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    qkv = {"self_attn.q_proj": attended, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-    gate_up = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), config.intermediate_size)
-    fused = {"qkv": qkv, "gate_up": gate_up}
-    renamed = {
-        "input_norm": "input_layernorm",
-        "post_norm": "post_attention_layernorm",
-        "o": "self_attn.o_proj",
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-        "down": "mlp.down_proj",
-    }
+
+def hf_tensors(decoder: Decoder, stacked_experts: bool = False) -> dict[str, Placement]:
+    """{Hugging Face tensor name: Placement} of all weights; every parameter is covered exactly, once.
+
+    A mixture's experts have a tensor for each matrix (w1 gate, w3 up, w2 down) in released models and in what
+    transformers writes, or with `stacked_experts` two for all of them, as transformers 5 holds them in memory.
+    """
     tensors: dict[str, Placement] = {}
     for name, parameter in decoder.named_parameters():
         shape = tuple(parameter.shape)
@@ -64,12 +73,39 @@ def hf_tensors(decoder: Decoder) -> dict[str, Placement]:
             tensors[name if name.startswith("lm_head.") else f"model.{name}"] = Placement(name, 0, shape)
             continue
         _, index, module, kind = name.split(".")  # layers.3.qkv.bias
-        row = 0
-        for part, rows in (fused[module] if module in fused else {renamed[module]: shape[0]}).items():
-            tensors[f"model.layers.{index}.{part}.{kind}"] = Placement(name, row, (rows, *shape[1:]))
-            row += rows
-        assert row == shape[0], f"{name}: {row} of {shape[0]} rows placed"
+        offset = 0
+        for part, part_shape in _parts(decoder.config, module, kind, shape, stacked_experts):
+            tensors[f"model.layers.{index}.{part}"] = placement = Placement(name, offset, part_shape)
+            offset += placement.numel
+        assert offset == parameter.numel(), f"{name}: {offset} of {parameter.numel()} elements placed"
     return tensors
+
+
+def _parts(
+    config: ModelConfig, module: str, kind: str, shape: tuple[int, ...], stacked_experts: bool
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Names within the layer, and shapes, of the tensors that lie end to end in the parameter `module.kind`."""
+    hidden, width, experts = config.hidden_size, config.intermediate_size, config.num_local_experts or 0
+    match module, kind:
+        case "experts", "gate_up" if stacked_experts:
+            return [("mlp.experts.gate_up_proj", (experts, 2 * width, hidden))]
+        case "experts", "down" if stacked_experts:
+            return [("mlp.experts.down_proj", (experts, hidden, width))]
+        case "experts", "gate_up":
+            names = [f"block_sparse_moe.experts.{e}.{matrix}.weight" for e in range(experts) for matrix in ("w1", "w3")]
+            return [(name, (width, hidden)) for name in names]
+        case "experts", "down":
+            return [(f"block_sparse_moe.experts.{e}.w2.weight", (hidden, width)) for e in range(experts)]
+        case "qkv", _:
+            queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+            rows = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+        case "gate_up", _:
+            rows = {"mlp.gate_proj": width, "mlp.up_proj": width}
+        case "router", _:
+            rows = {"mlp.gate" if stacked_experts else "block_sparse_moe.gate": experts}
+        case _:
+            rows = {_RENAMED[module]: shape[0]}
+    return [(f"{part}.{kind}", (n, *shape[1:])) for part, n in rows.items()]
 
 
 def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Placement]:
@@ -80,7 +116,7 @@ def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Plac
     Raises:
         ValueError: naming the folder and the tensors that are missing, unexpected, or of another shape or dtype.
     """
-    wanted = hf_tensors(decoder)
+    wanted = hf_tensors(decoder, stacked_experts=any(name.endswith(_STACKED) for name in folder.names))
     if decoder.lm_head is None and "lm_head.weight" in folder:
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
     present = [name for name in folder.names if name in wanted or not _COMPUTED.search(name)]
@@ -103,50 +139,86 @@ def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Plac
 
 
 @torch.no_grad()
-def load_weights(decoder: Decoder, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+def load_weights(
+    decoder: Decoder,
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
+) -> None:
     """Give a decoder, built under `torch.device("meta")`, memory on `device` and the weights of a model folder.
 
-    Values are rounded to `dtype` once. Every row of every parameter is written exactly once. The vocabulary keeps the
-    size it has in the folder, padding included.
+    Of a decoder that is sharded (FSDP2, HSDP) every rank reads what it holds, in the order of the files, and no more.
+    All ranks must call this then. Beyond the weights this takes a few megabytes of host memory.
+
+    Values are rounded to `dtype` once. Every shard is written as a whole, exactly once. The vocabulary keeps the size
+    it has in the folder, padding included.
+
+    Args:
+        ranks: who shares the decoder; None: all ranks if any parameter is a DTensor, else this process alone.
 
     Raises:
         FileNotFoundError, ValueError: before anything is read, for files and tensors that do not fit (`check_tensors`);
-            while reading, naming the first tensor that holds NaN or Inf; for a tied model with another `lm_head`.
+            after reading, naming the first tensor that holds NaN or Inf; for a tied model with another `lm_head`. If
+            one rank finds it, all raise it.
     """
-    with SafetensorsFolder(folder) as source:
-        placements = check_tensors(decoder, source)
-        if decoder.lm_head is None and "lm_head.weight" in source:
-            _check_tied_head(source)
-        decoder.to(dtype).to_empty(device=device)
-        parameters = dict(decoder.named_parameters())
-        rows_written = dict.fromkeys(parameters, 0)
-        for name, placement in placements.items():
-            if name == "lm_head.weight" and decoder.lm_head is None:
-                continue
-            flat = _rows(parameters[placement.parameter], placement)
-            for lo, hi in chunks(flat.numel()):
-                direct = source.dtype(name) == dtype and flat.device.type == "cpu"
-                buffer = flat[lo:hi] if direct else torch.empty(hi - lo, dtype=source.dtype(name))
-                values = source.read_into(name, lo, buffer).to(dtype)
-                if not is_finite(values):
-                    raise ValueError(f"{source.file_of(name)}: {name} holds NaN or Inf (as {_dtype_name(dtype)})")
-                if not direct:
-                    flat[lo:hi].copy_(values)
-            rows_written[placement.parameter] += placement.shape[0]
-        for name, rows in rows_written.items():
-            assert rows == parameters[name].shape[0], f"{name}: {rows} of {parameters[name].shape[0]} rows written"
+    ranks = ranks or Ranks.of(decoder.parameters())
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            source = stack.enter_context(SafetensorsFolder(folder))
+            placements = check_tensors(decoder, source)
+        with ranks.together():
+            decoder.to(dtype).to_empty(device=device)
+            shards = {name: local_shard(parameter) for name, parameter in decoder.named_parameters()}
+            if decoder.lm_head is None and "lm_head.weight" in placements:
+                del placements["lm_head.weight"]
+                _check_tied_head(source, shards["embed_tokens.weight"])
+            _read_shards(source, placements, shards)
 
 
-def _check_tied_head(source: SafetensorsFolder) -> None:
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    same = source.dtype(head) == source.dtype(embedding)
-    for lo, hi in chunks(math.prod(source.shape(head))):
+def _read_shards(
+    source: SafetensorsFolder, placements: Mapping[str, Placement], shards: Mapping[str, LocalShard]
+) -> None:
+    device, dtype = next((shard.values.device, shard.values.dtype) for shard in shards.values())
+    staging = Staging(device, CHUNK_ELEMENTS * max(source.dtype(name).itemsize for name in placements))
+    ranges = []
+    for name, placement in placements.items():
+        first, part = shards[placement.parameter].part_of(placement.offset, placement.offset + placement.numel)
+        ranges += [(name, first + lo, first + hi) for lo, hi in chunks(part.numel())]
+    written = dict.fromkeys(shards, 0)
+    finite: list[tuple[str, Tensor]] = []
+    for name, lo, hi in source.read_ahead(ranges):
+        placement = placements[name]
+        _, values = shards[placement.parameter].part_of(placement.offset + lo, placement.offset + hi)
+        if source.dtype(name) == dtype and device.type == "cpu":
+            source.read_into(name, lo, values)
+        else:
+            read = source.read_into(name, lo, staging.next_buffer(hi - lo, source.dtype(name)))
+            values.copy_(read.to(device, non_blocking=True))
+            staging.mark()
+        finite.append((name, _all_finite(values)))
+        written[placement.parameter] += values.numel()
+    for name, count in written.items():
+        held = shards[name].values.numel()
+        assert count == held, f"{name}: {count} of {held} elements written"
+    if finite:  # asked once, at the end: a GPU is not waited for meanwhile
+        for (name, _), is_good in zip(finite, torch.stack([flag for _, flag in finite]).tolist()):
+            if not is_good:
+                raise ValueError(f"{source.file_of(name)}: {name} holds NaN or Inf (as {_dtype_name(dtype)})")
+
+
+def _check_tied_head(source: SafetensorsFolder, embedding: LocalShard) -> None:
+    """Compare the stored head with the embedding, in the range that this rank holds."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    same = source.dtype(names[0]) == source.dtype(names[1])
+    for lo, hi in chunks(embedding.values.numel()) if same else ():
+        buffers = [torch.empty(hi - lo, dtype=source.dtype(name)) for name in names]
         same = same and torch.equal(
-            *(source.read_into(name, lo, torch.empty(hi - lo, dtype=source.dtype(name))) for name in (head, embedding))
+            *(source.read_into(name, embedding.first + lo, buffer) for name, buffer in zip(names, buffers))
         )
     if not same:
         raise ValueError(
-            f"{source.path}: config.json says tie_word_embeddings: true, but {head} differs from {embedding}"
+            f"{source.path}: config.json says tie_word_embeddings: true, but {names[0]} differs from {names[1]}"
         )
 
 
@@ -157,9 +229,15 @@ def export_model(
     out: str | Path,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
+    *,
+    parallel_write: bool = True,
+    ranks: Ranks | None = None,
 ) -> None:
     """Publish a decoder as a Hugging Face folder: names, order and shards of the folder it came from, whose config,
     tokenizer, chat template and licence files are carried along.
+
+    A sharded decoder is written by all ranks in parallel, each what it holds; all must call this. The bytes do not
+    depend on the number of ranks.
 
     Args:
         decoder: with weights, of the same shapes as the source.
@@ -169,51 +247,77 @@ def export_model(
             rounded once. Weights held in a dtype that cannot hold the source's (bf16 for fp32 or fp16) are stored as
             they are held, and a warning says so. config.json is changed if and only if a dtype is.
         provenance: what the caller knows of how the weights came about, for the manifest.
+        parallel_write: False for file systems on which processes cannot write one file side by side: rank 0 collects
+            the weights in small pieces and writes alone.
+        ranks: who shares the decoder; None: all ranks if any parameter is a DTensor, else this process alone.
 
     Raises:
         FileExistsError: `out` is not empty.
         ValueError: decoder and source do not fit, or a weight is NaN or Inf; nothing is published.
-        OSError: the disk is full; nothing is published.
+        OSError: the disk is full; nothing is published. An error of one rank is raised on all.
     """
     source_folder, out = Path(source_folder), Path(out)
-    parameters = dict(decoder.named_parameters())
-    with SafetensorsFolder(source_folder) as source, atomic_folder(out) as folder:
+    ranks = ranks or Ranks.of(decoder.parameters())
+    with contextlib.ExitStack() as stack, ranks.published_folder(out) as folder:
+        source = stack.enter_context(SafetensorsFolder(source_folder))
         if (given := ModelConfig.from_folder(source_folder)) != decoder.config:
             keys = [key for key, value in vars(given).items() if value != getattr(decoder.config, key)]
             raise ValueError(f"{source_folder}/config.json: {', '.join(keys)} differ from the decoder that is exported")
         placements = check_tensors(decoder, source)
+        shards = {name: local_shard(parameter) for name, parameter in decoder.named_parameters()}
         stored: dict[str, torch.dtype] = {}
         for name, placement in placements.items():
-            stored[name] = dtype or _stored_dtype(source.dtype(name), parameters[placement.parameter].dtype)
+            stored[name] = dtype or _stored_dtype(source.dtype(name), shards[placement.parameter].values.dtype)
         changed = [name for name in placements if stored[name] != source.dtype(name)]
-        if changed and dtype is None:
-            held = _dtype_name(parameters[placements[changed[0]].parameter].dtype)
+        if changed and dtype is None and ranks.rank == 0:
+            held = _dtype_name(shards[placements[changed[0]].parameter].values.dtype)
             warnings.warn(
                 f"{out}: {len(changed)} tensors that {source_folder} has in {_dtype_name(source.dtype(changed[0]))} "
                 f"were trained in {held} and are stored so",
                 stacklevel=2,
             )
-        for path in carried_files(source_folder):
-            target = folder / path.relative_to(source_folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-        if changed:
-            _set_config_dtype(folder / "config.json", stored["model.embed_tokens.weight"])
+        if ranks.rank == 0:
+            for path in carried_files(source_folder):
+                target = folder / path.relative_to(source_folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            if changed:
+                _set_config_dtype(folder / "config.json", stored["model.embed_tokens.weight"])
 
         specs = [(name, stored.get(name, source.dtype(name)), source.shape(name)) for name in source.names]
         layout = {name: source.file_of(name).name for name in source.names}
-        with SafetensorsWriter(folder, specs, metadata={"format": "pt"} | source.metadata, file_of=layout) as writer:
-            for name in source.names:
-                if name not in placements:  # a computed buffer
+        metadata = {"format": "pt"} | source.metadata
+        with SafetensorsWriter(
+            folder, specs, metadata=metadata, file_of=layout, ranks=ranks, parallel=parallel_write
+        ) as writer:
+            if ranks.size == 1:
+                shards = {name: replace(shard, writes=True) for name, shard in shards.items()}
+            computed = [name for name in source.names if name not in placements]
+            if ranks.rank == 0:
+                for name in computed:
                     writer.write(name, source.get(name))
-                    continue
-                flat = _rows(parameters[placements[name].parameter], placements[name])
-                for lo, hi in chunks(flat.numel()):
-                    values = flat[lo:hi].to(stored[name]).cpu()
-                    if not is_finite(values):
-                        raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); {out} not written")
-                    writer.write_range(name, lo, values)
-        write_model_manifest(folder, "model", inputs=_hash_model(source), provenance=dict(provenance or {}))
+            writer.write_pieces(_stored_pieces(placements, shards, stored))
+        inputs = _hash_model(source) if ranks.rank == 0 else {}
+        write_model_manifest(folder, "model", inputs=inputs, provenance=dict(provenance or {}), ranks=ranks)
+
+
+def _stored_pieces(
+    placements: Mapping[str, Placement], shards: Mapping[str, LocalShard], stored: Mapping[str, torch.dtype]
+) -> Iterator[Piece]:
+    """What this rank stores of each tensor, in the order of `placements`, in the dtypes of `stored`, on the host."""
+    device = next(shard.values.device for shard in shards.values())
+    staging = Staging(device, CHUNK_ELEMENTS * max(dtype.itemsize for dtype in stored.values()))
+    pieces: list[tuple[str, int, Tensor]] = []  # views: where each piece comes from
+    for name, placement in placements.items():
+        shard = shards[placement.parameter]
+        first, part = shard.part_of(placement.offset, placement.offset + placement.numel)
+        if shard.writes:
+            pieces += [(name, first + lo, part[lo:hi]) for lo, hi in chunks(part.numel())]
+    on_host = staging.to_host(part.to(stored[name]) for name, _, part in pieces)
+    for (name, first, _), values in zip(pieces, on_host):
+        if not is_finite(values):
+            raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); nothing was exported")
+        yield name, first, values
 
 
 def _hash_model(source: SafetensorsFolder) -> dict[str, dict[str, Any]]:
@@ -240,19 +344,19 @@ def _stored_dtype(source: torch.dtype, held: torch.dtype) -> torch.dtype:
     return source if torch.promote_types(source, held) == held else held
 
 
-def _rows(parameter: Tensor, placement: Placement) -> Tensor:
-    """The rows of a parameter that one tensor of the folder is, as a flat view."""
-    return parameter.detach()[placement.row : placement.row + placement.shape[0]].view(-1)
-
-
 def chunks(count: int) -> Iterator[tuple[int, int]]:
     """Ranges [lo, hi) that cut `count` elements into pieces small enough to pass through memory one at a time."""
     return ((lo, min(lo + CHUNK_ELEMENTS, count)) for lo in range(0, count, CHUNK_ELEMENTS))
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or Inf. aminmax passes NaN on, and allocates nothing."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+    """Whether no element is NaN or Inf."""
+    return bool(_all_finite(values))
+
+
+def _all_finite(values: Tensor) -> Tensor:
+    """The same as a tensor on the device. aminmax passes NaN on, and allocates nothing."""
+    return torch.isfinite(torch.stack(torch.aminmax(values))).all()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 from .grouped_mm import grouped_mm, grouped_weight_grad
 from .moe_routing import route, sort_by_expert
@@ -270,10 +270,10 @@ class _Unpermute(torch.autograd.Function):
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, gate_up, down, offsets, gather, inverse):
+    def forward(ctx, x, weights, gate_up, down, offsets, gather, inverse, recompute):
         g = grouped_mm(_permute_op(x, inverse), gate_up, offsets)
         y = grouped_mm(swiglu(g), down, offsets)
-        ctx.save_for_backward(x, weights, gate_up, down, offsets, gather, inverse, g)
+        ctx.save_for_backward(x, weights, gate_up, down, offsets, gather, inverse, None if recompute else g)
         return _unpermute_op(y, weights, inverse)
 
     @staticmethod
@@ -281,6 +281,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dout: torch.Tensor):
         x, weights, gate_up, down, offsets, gather, inverse, g = ctx.saved_tensors
         need_dx, need_dw, need_d_gate_up, need_d_down = ctx.needs_input_grad[:4]
+        if g is None:
+            g = grouped_mm(_permute_op(x, inverse), gate_up, offsets)
         dout_R = _permute_op(dout, inverse)
         wh = grouped_mm(dout_R, down.transpose(1, 2), offsets)  # a, until the next line has used it up
         dg, dw = _weighted_swiglu_backward_op(wh, g, weights, gather)
@@ -288,7 +290,7 @@ class _Experts(torch.autograd.Function):
         del dout_R, wh
         d_gate_up = grouped_weight_grad(dg, _permute_op(x, inverse), offsets) if need_d_gate_up else None
         dx = _unpermute_op(grouped_mm(dg, gate_up.transpose(1, 2), offsets), None, inverse) if need_dx else None
-        return dx, dw if need_dw else None, d_gate_up, d_down, None, None, None
+        return dx, dw if need_dw else None, d_gate_up, d_down, None, None, None, None
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -311,37 +313,41 @@ def unpermute(y: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> 
     dw[t, k] is one dot product of a row.
     """
     check_tensor("unpermute: inverse", inverse, (None, None), dtype=torch.int32, like=y)
-    check_tensor("unpermute: y", y, (inverse.numel(), None))
+    check_tensor("unpermute: y", y, (inverse.numel(), None), dtype=float_dtypes(y))
     check_tensor("unpermute: weights", weights, tuple(inverse.shape), dtype=compute_dtype(y.dtype), like=y)
     return _Unpermute.apply(y, weights.contiguous(), inverse.contiguous())
 
 
 def moe_experts(
-    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """out [T, H] = sum_k weights[t, k] * down_e(silu(gate_e(x_t)) * up_e(x_t)), e = experts[t, k].
 
     x [T, H] in bf16, fp16 or fp32 (fp64 on a CPU); weights [T, K], cast to fp32; experts [T, K] int32 or int64, those
     outside [0, E) contribute nothing; gate_up [E, 2I, H] = [gate | up] rows and down [E, H, I] in x's dtype, as
     transformers' MixtralExperts stacks them. Differentiable in x, weights, gate_up and down, whose gradients are sums
-    in fp32, rounded once. No host synchronisation; two runs give the same bits.
+    in fp32, rounded once. No host synchronisation; two runs give the same bits, and so does `recompute`: gate and up,
+    2KI elements a token, are not saved but computed again in backward, by 4*R*H*I FLOPs.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
     """
-    check_tensor("moe_experts: x", x, (None, None))
+    check_tensor("moe_experts: x", x, (None, None), dtype=float_dtypes(x))
     check_tensor("moe_experts: gate_up", gate_up, (None, None, x.shape[1]), like=x)
     num_experts, width = gate_up.shape[0], gate_up.shape[1] // 2
     check_tensor("moe_experts: gate_up", gate_up, (None, 2 * width, None))
     check_tensor("moe_experts: down", down, (num_experts, x.shape[1], width), like=x)
-    check_tensor("moe_experts: weights", weights, (x.shape[0], None), dtype=_WEIGHTS, like=x)
+    check_tensor("moe_experts: weights", weights, (x.shape[0], None), dtype=float_dtypes(x), like=x)
     check_tensor("moe_experts: experts", experts, tuple(weights.shape), dtype=(torch.int32, torch.int64), like=x)
     offsets, gather, inverse = sort_by_expert(experts, num_experts)
     weights = weights.to(compute_dtype(x.dtype)).contiguous()
-    return _Experts.apply(x, weights, gate_up, down, offsets, gather, inverse)
-
-
-_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    return _Experts.apply(x, weights, gate_up, down, offsets, gather, inverse, recompute)
 
 
 def moe_mlp(
@@ -357,6 +363,8 @@ def moe_mlp(
 
     Differentiable in x, router_logits, gate_up and down. Shapes, dtypes and errors as there.
     """
+    check_tensor("moe_mlp: x", x, (None, None))
+    check_tensor("moe_mlp: gate_up", gate_up, (None, None, None))
     check_tensor("moe_mlp: router_logits", router_logits, (x.shape[0], gate_up.shape[0]))
     weights, experts = route(router_logits, top_k, renormalize=renormalize)
     return moe_experts(x, weights, experts, gate_up, down)

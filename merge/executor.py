@@ -124,7 +124,8 @@ def sweep(
     for value in values:
         changed = _with_value(written, path, value)
         place = Path(out) / f"{path[-1]}={value}"
-        outputs.append(Output(plan_merge(parse_config(changed, f"{key}={value}"), folder, out=place), place, changed, files))
+        plan = plan_merge(parse_config(changed, f"{key}={value}"), folder, out=place)
+        outputs.append(Output(plan, place, changed, files))
     if len({output.out for output in outputs}) < len(outputs):
         raise ValueError(f"{key}: a value is given twice: {', '.join(map(str, values))}")
     return execute(outputs, **options)
@@ -348,11 +349,13 @@ class _Run:
         left over at the end for a single thread."""
         groups: dict[Any, list[tuple[_Work, TensorPlan]]] = {}
         for work in self.works:
-            models = work.output.plan.models
             for tensor in work.output.plan.tensors:
                 if tensor.name not in work.records:
-                    sources = tuple((models[source.model].path, source.name) for source in tensor.sources)
-                    groups.setdefault((tensor.name, sources, tensor.base), []).append((work, tensor))
+                    sources = tuple(
+                        (work.output.plan.model_labels[source.model], source.name) for source in tensor.sources
+                    )
+                    rows = tensor.sources[0].rows  # arranged vocabularies are an output's own
+                    groups.setdefault((tensor.name, sources, tensor.base, id(rows)), []).append((work, tensor))
         left = sum(_bytes(tensor) for group in groups.values() for _, tensor in group)
         giant = left / (4 * self.workers)
         return sorted(groups.values(), key=lambda group: sum(_bytes(tensor) for _, tensor in group) < giant)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import MANIFEST, check_absent, read_json
-from ..engine.safetensors_io import SafetensorsFolder
 from ..engine.model_files import carried_files
+from ..engine.safetensors_io import SafetensorsFolder
 from .adapters import AdaptedModel
 from .arranged import TensorReader
 from .config import resolve_model

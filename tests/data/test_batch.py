@@ -115,6 +115,27 @@ def test_mixed_batches(stores: tuple[Path, Path], packing: str) -> None:
     assert loader.order.draws(200).tolist() == [150, 50]
 
 
+def test_targets_are_counted_without_reading_tokens(stores: tuple[Path, Path]) -> None:
+    loader = make_loader(stores)
+    for first in range(0, 100, 4):
+        assert loader.num_valid(first, 4) == loader.batch_at(first).num_valid
+
+
+def test_skipped_samples_are_padding_and_move_no_other(stores: tuple[Path, Path]) -> None:
+    loader, skipping = make_loader(stores), make_loader(stores, skip_samples=[5, 6])
+    whole, holed = loader.batch_at(4), skipping.batch_at(4)
+    check(holed, 4)
+    hole, kept = slice(SEQ_LEN, 3 * SEQ_LEN), [*range(SEQ_LEN), *range(3 * SEQ_LEN, 4 * SEQ_LEN)]
+    assert (holed.tokens[hole] == 0).all()
+    assert (holed.labels[hole] == IGNORE).all()
+    assert np.array_equal(holed.tokens[kept], whole.tokens[kept])
+    assert np.array_equal(holed.labels[kept], whole.labels[kept])
+    assert skipping.num_valid(4, 4) == holed.num_valid < whole.num_valid
+    # A run that has not come to the hole yet may still get it.
+    assert skipping.fingerprint_at(5) == loader.fingerprint_at(5)
+    assert skipping.fingerprint_at(6) != loader.fingerprint_at(6)
+
+
 def test_the_same_samples_for_every_world_size(stores: tuple[Path, Path]) -> None:
     whole = make_loader(stores).batch_at(24, 12)
     for count in (1, 2, 3, 4, 6, 12):

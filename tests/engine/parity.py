@@ -12,7 +12,6 @@ from torch import Tensor
 
 from steep.engine.config import ModelConfig
 from steep.engine.model import Decoder
-from steep.kernels import linear_cross_entropy
 
 IGNORE_INDEX = -100
 _SIZES = {
@@ -58,6 +57,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen2_untied": ("qwen2", {"num_key_value_heads": 1}),
     "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral_window": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 4}),
     "qwen3_bias_tied": ("qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -83,7 +84,7 @@ def config_of(hf) -> ModelConfig:
 
 
 def hf_parts(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Transformers' name and rows of every tensor that one of our parameters (or its gradient) holds."""
+    """Transformers' name, in memory, and rows of every tensor that one of our parameters (or its gradient) holds."""
     if name == "lm_head.weight":
         yield name, tensor
         return
@@ -91,12 +92,16 @@ def hf_parts(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[s
         yield "model." + name, tensor
         return
     _, index, module, kind = name.split(".")
+    if module == "experts":
+        yield f"model.layers.{index}.mlp.experts.{kind}_proj", tensor.unflatten(0, (config.num_local_experts, -1))
+        return
     sizes = [n * config.head_dim for n in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
     parts = {
         "qkv": list(zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), sizes)),
         "gate_up": [("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size)],
         "o": [("self_attn.o_proj", len(tensor))],
         "down": [("mlp.down_proj", len(tensor))],
+        "router": [("mlp.gate", len(tensor))],
         "q_norm": [("self_attn.q_norm", len(tensor))],
         "k_norm": [("self_attn.k_norm", len(tensor))],
         "input_norm": [("input_layernorm", len(tensor))],
@@ -144,7 +149,7 @@ def our_results(decoder: Decoder, docs: list[Tensor]) -> tuple[Tensor, Tensor, d
     labels = labels_of(docs)
     hidden_TD = decoder(*packed(docs))
     scale = 1 / (labels != IGNORE_INDEX).sum().float()
-    loss, _ = linear_cross_entropy(hidden_TD, decoder.head_weight, labels, scale=scale)
+    loss, _ = decoder.loss(hidden_TD, labels, scale=scale)
     loss.backward()
     gradients = {
         hf_name: rows

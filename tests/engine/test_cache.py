@@ -9,7 +9,7 @@ import torch
 from steep.engine.cache import KVCache
 from tests.engine.parity import decoder_like, documents, packed, relative_error, tiny_transformers
 
-CASES = ["llama", "mistral_window", "qwen2_window", "qwen3_bias_tied"]
+CASES = ["llama", "mistral_window", "mixtral_window", "qwen2_window", "qwen3_bias_tied"]
 
 
 def read(decoder, cache, pieces):

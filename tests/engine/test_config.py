@@ -124,6 +124,18 @@ MISTRAL_SMALL_24B = MISTRAL_7B | {
     "transformers_version": "4.48.0",
     "vocab_size": 131072,
 }
+MIXTRAL_8X7B = MISTRAL_7B | {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "transformers_version": "4.36.0.dev0",
+}
 QWEN2_5_7B = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -188,6 +200,13 @@ PUBLISHED = {
     "mistral_no_window_key": {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"},
     "mistral_small": MISTRAL_SMALL_24B,
     "mistral_null_head_dim": MISTRAL_7B | {"head_dim": None},
+    "mixtral": MIXTRAL_8X7B,
+    "mixtral_defaults": {
+        key: value
+        for key, value in MIXTRAL_8X7B.items()
+        if key not in ("sliding_window", "rope_theta", "router_aux_loss_coef", "output_router_logits")
+    },
+    "mixtral_sliding": MIXTRAL_8X7B | {"sliding_window": 4096, "output_router_logits": True},
     "qwen2_5": QWEN2_5_7B,
     "qwen2_5_yarn": QWEN2_5_7B_YARN,
     "qwen2_5_sliding": QWEN2_5_7B | {"use_sliding_window": True, "max_window_layers": 20},
@@ -227,6 +246,11 @@ def test_published_files_are_read_as_transformers_reads_them(name, layout, tmp_p
     assert ours.sliding_window == window
     assert (ours.attention_bias, ours.o_bias) == (hf.model_type == "qwen2", False)
     assert ours.qk_norm == (hf.model_type == "qwen3")
+    for key, dense in {
+        **{"num_local_experts": None, "num_experts_per_tok": None},
+        **{"router_aux_loss_coef": 0.0, "output_router_logits": False},
+    }.items():
+        assert getattr(ours, key) == getattr(hf, key, dense)
 
 
 def test_what_the_yardstick_models_are():
@@ -254,7 +278,7 @@ def test_layer_types_are_obeyed_for_qwen():
 
 LLAMA3 = LLAMA_3_1_8B["rope_scaling"]
 REFUSED = {
-    "model_type": (LLAMA_1 | {"model_type": "gemma2"}, "model_type is 'gemma2'; allowed: llama, mistral, qwen2, qwen3"),
+    "model_type": (LLAMA_1 | {"model_type": "gemma2"}, "model_type is 'gemma2'; allowed: llama, mistral, mixtral,"),
     "no model_type": ({"hidden_size": 8}, "model_type is missing"),
     "architecture": (
         LLAMA_1 | {"architectures": ["LlamaForSequenceClassification"]},
@@ -264,6 +288,18 @@ REFUSED = {
     "mlp bias": (LLAMA_1 | {"mlp_bias": True}, "mlp_bias is True.*allowed: False"),
     "dropout": (LLAMA_1 | {"attention_dropout": 0.1}, "attention_dropout is 0.1.*allowed: 0"),
     "mistral bias": (MISTRAL_7B | {"attention_bias": True}, "attention_bias is True.*allowed: False"),
+    "mixtral bias": (MIXTRAL_8X7B | {"attention_bias": True}, "attention_bias is True.*allowed: False"),
+    "jitter": (MIXTRAL_8X7B | {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1.*allowed: 0"),
+    "no experts": (MIXTRAL_8X7B | {"num_local_experts": None}, "num_local_experts is missing; allowed: a positive"),
+    "no active experts": (MIXTRAL_8X7B | {"num_experts_per_tok": 0}, "num_experts_per_tok is 0; allowed: a positive"),
+    "too many active": (
+        MIXTRAL_8X7B | {"num_experts_per_tok": 9},
+        "num_experts_per_tok is 9 and num_local_experts is 8; allowed: num_experts_per_tok <= num_local_experts <= 10",
+    ),
+    "too many experts": (MIXTRAL_8X7B | {"num_local_experts": 2000}, "num_local_experts is 2000"),
+    "aux loss": (MIXTRAL_8X7B | {"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1.0; allowed: a number, 0 or"),
+    "router logits": (MIXTRAL_8X7B | {"output_router_logits": 1}, "output_router_logits is 1; allowed: true, false"),
+    "dense experts": (MISTRAL_7B | {"num_local_experts": 8}, "num_local_experts is 8: this key is not known"),
     "qwen2 no bias": (QWEN2_5_7B | {"attention_bias": False}, "attention_bias is False.*allowed: True"),
     "partial rotary": (LLAMA_1 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.*allowed: 1"),
     "interleaved": (LLAMA_1 | {"rope_interleaved": True}, "rope_interleaved is True.*allowed: False"),

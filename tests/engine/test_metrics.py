@@ -12,8 +12,10 @@ from steep.engine.metrics import LateFigures, MetricsFile, peak_flops, peak_memo
 from steep.engine.model import Decoder
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_training_flops_count_every_product(window):
+@pytest.mark.parametrize(("window", "active"), [(None, None), (5, None), (None, 2)])
+def test_training_flops_count_every_product(window, active):
+    """Of a mixture of 3 experts, the products of the 2 that a token goes to."""
+    mixture = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": active} if active else {}
     config = ModelConfig.from_dict(
         {
             "model_type": "mistral",
@@ -31,12 +33,13 @@ def test_training_flops_count_every_product(window):
             "hidden_act": "silu",
             "tie_word_embeddings": False,
         }
+        | mixture
     )
     lengths = np.array([1, 4, 9, 20])
     with torch.device("meta"):
         decoder = Decoder(config)
-    matrices = [p for name, p in decoder.named_parameters() if p.dim() == 2 and "embed" not in name]
-    weights = sum(matrix.numel() for matrix in matrices)
+    matrices = {name: p for name, p in decoder.named_parameters() if p.dim() == 2 and "embed" not in name}
+    weights = sum(m.numel() // 3 * active if ".experts." in name else m.numel() for name, m in matrices.items())
     pairs = sum(
         1
         for length in lengths

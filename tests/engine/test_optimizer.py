@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from steep.engine import optimizer as optimizer_module
-from steep.engine.optimizer import AdamW, AdamWConfig, join_master, split_master
+from steep.engine.optimizer import AdamW, AdamWConfig
+from tests.kernels.master_weights import join_master
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -90,11 +91,10 @@ def test_nonfinite_gradient_changes_no_bit(dtype, bad):
     assert optimizer.step_count.item() == 2
 
 
-def test_bf16_with_remainder_is_fp32_adamw_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(optimizer_module._PIECE_ELEMENTS, "cpu", 100)  # several pieces, the last one ragged
+def test_bf16_with_remainder_is_fp32_adamw_bit_for_bit():
     split = parameters(torch.bfloat16)
     masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in split.items()}
-    config = AdamWConfig(weight_decay=0.1, max_grad_norm=0.5)
+    config = AdamWConfig(weight_decay=0.1, max_grad_norm=0.5, moments="float32")
     ours, reference = AdamW(split.items(), config), AdamW(masters.items(), config)
     for step in range(20):
         give_gradients(split, step)
@@ -103,36 +103,22 @@ def test_bf16_with_remainder_is_fp32_adamw_bit_for_bit(monkeypatch):
         ours.step(1e-4)  # far below the spacing of bf16 numbers near 1
         reference.step(1e-4)
         for name, master in masters.items():
-            assert torch.equal(join_master(split[name], ours.remainder[name]), master)
+            assert torch.equal(join_master(split[name], ours.states[name].tensors["remainder"]), master)
     for name in split:
-        assert torch.equal(ours.exp_avg[name], reference.exp_avg[name])
+        assert torch.equal(ours.state_dict()[f"exp_avg.{name}"], reference.state_dict()[f"exp_avg.{name}"])
         error = (split[name].float() - masters[name]).abs()
         nearest = (masters[name].to(torch.bfloat16).float() - masters[name]).abs()
         assert torch.equal(error, nearest)
 
 
-def test_master_split_is_exact_at_the_edges():
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator, dtype=torch.int64).to(torch.int32)
-    edges = [0, -(2**31), 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x3F7FFFFF, 0x3F808000, 0x7F7FFFFF, 0x00800000, 0x007FFFFF]
-    bits = torch.cat([bits, torch.tensor(edges, dtype=torch.int32)])
-    master = bits.view(torch.float32)
-    master = master[torch.isfinite(master)]
-    weight = torch.empty(master.shape, dtype=torch.bfloat16)
-    remainder = torch.empty(master.shape, dtype=torch.int16)
-    split_master(master, weight, remainder)
-    assert torch.equal(join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
-
-
 def test_fp32_gradients_of_bf16_parameters():
     params = parameters(torch.bfloat16)
-    for parameter in params.values():
-        parameter.grad_dtype = torch.float32
+    optimizer = AdamW(params.items(), AdamWConfig(), accumulate_in_fp32=True)
     for weight in (2.5, 1.0 / 512):  # the second vanishes beside the first in bf16
         sum((parameter * weight).sum() for parameter in params.values()).backward()
     assert params["norm"].grad.dtype == torch.float32
     assert params["norm"].grad[0].item() == 2.5 + 1.0 / 512
-    AdamW(params.items(), AdamWConfig()).step(1e-3)
+    optimizer.step(1e-3)
 
 
 def test_mixed_dtypes_are_refused():
@@ -141,3 +127,93 @@ def test_mixed_dtypes_are_refused():
         AdamW(params.items(), AdamWConfig())
     with pytest.raises(ValueError, match="float16"):
         AdamW([("a", torch.nn.Parameter(torch.zeros(2, dtype=torch.float16)))], AdamWConfig())
+
+
+WIDE = {"embedding": (5, 256), "down": (3, 512), "odd": (7, 33), "norm": (256,)}
+
+
+def wide_parameters() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for name, shape in WIDE.items()
+    }
+
+
+def test_storage_is_what_the_configuration_says():
+    optimizer = AdamW(wide_parameters().items(), AdamWConfig(moments="8bit"))
+    assert {name: each.tensors["exp_avg"].dtype for name, each in optimizer.states.items()} == {
+        "embedding": torch.uint8, "down": torch.uint8, "odd": torch.bfloat16, "norm": torch.bfloat16,
+    }  # fmt: skip
+    for options in ({}, {"moments": "float32"}, {"moments": "8bit"}, {"master": "none", "moments": "8bit"}):
+        config = AdamWConfig(**options)
+        for name, each in AdamW(wide_parameters().items(), config).states.items():
+            stored = sum(tensor.nbytes for tensor in each.tensors.values())
+            assert stored == config.state_bytes(torch.bfloat16, WIDE[name]) * each.parameter.numel(), (name, config)
+    assert AdamWConfig().state_bytes(torch.bfloat16, (4, 256)) == 6  # and 2 each for weight and gradient: 10
+    assert AdamWConfig(moments="8bit").state_bytes(torch.bfloat16, (4, 256)) == pytest.approx(4.03, abs=0.01)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("master", ["remainder", "none"])
+def test_compact_storage_follows_fp32(master, moments):
+    """A hundred steps towards a target: what is stored in fewer bits arrives where fp32 does."""
+    config = AdamWConfig(master=master, moments=moments, weight_decay=0.0)
+    compact, exact = wide_parameters(), {name: torch.nn.Parameter(p.float()) for name, p in wide_parameters().items()}
+    optimizers = [AdamW(compact.items(), config), AdamW(exact.items(), AdamWConfig(weight_decay=0.0))]
+    for _ in range(100):
+        for params, optimizer in zip((compact, exact), optimizers):
+            for parameter in params.values():
+                parameter.grad = parameter.detach() - 1.0
+            optimizer.step(1e-2)
+    for name in compact:
+        start = (wide_parameters()[name].float() - 1.0).abs().mean()
+        assert (compact[name].float() - exact[name]).abs().mean() < 0.03 * start
+
+
+def test_buckets_of_offloaded_state_change_nothing(monkeypatch):
+    monkeypatch.setattr(optimizer_module, "_BUCKET_BYTES", 4000)
+    plain, offloaded = wide_parameters(), wide_parameters()
+    optimizers = [AdamW(plain.items(), AdamWConfig()), AdamW(offloaded.items(), AdamWConfig(offload=True))]
+    assert len(list(optimizers[1]._buckets(list(WIDE)))) > 2
+    for step in range(3):
+        for params, optimizer in zip((plain, offloaded), optimizers):
+            give_gradients(params, step)
+            optimizer.step(1e-2)
+    assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
+
+
+def test_updates_in_backward_are_those_of_a_step():
+    plain, eager = wide_parameters(), wide_parameters()
+    config = AdamWConfig(max_grad_norm=None)
+    after, during = AdamW(plain.items(), config), AdamW(eager.items(), config.model_copy(update={"in_backward": True}))
+    for step in range(3):
+        norms = []
+        for params, optimizer in ((plain, after), (eager, during)):
+            optimizer.begin(1e-2)
+            sum((parameter.float() ** 2).sum() * (step + 1) for parameter in params.values()).backward()
+            held = [name for name, parameter in params.items() if parameter.grad is not None]
+            assert held == ([] if optimizer is during else list(params))
+            norms.append(optimizer.step(1e-2))
+        torch.testing.assert_close(norms[0], norms[1])
+    assert all(torch.equal(plain[name], eager[name]) for name in plain)
+
+
+def test_a_bad_gradient_in_backward_skips_its_parameter():
+    params = wide_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in params.items()}
+    optimizer = AdamW(params.items(), AdamWConfig(max_grad_norm=None, in_backward=True))
+    optimizer.begin(1e-2)
+    factors = {"odd": float("nan")}
+    sum(parameter.sum() * factors.get(name, 1.0) for name, parameter in params.items()).backward()
+    grad_norm, skipped = optimizer.step(1e-2)
+    assert skipped.item() == 1
+    assert not torch.isfinite(grad_norm)
+    assert [name for name in params if torch.equal(params[name], before[name])] == ["odd"]
+
+
+def test_in_backward_forbids_what_it_cannot_do():
+    with pytest.raises(ValueError, match="in_backward updates before the global norm is known: max_grad_norm is 1"):
+        AdamWConfig(in_backward=True)
+    config = AdamWConfig(in_backward=True, max_grad_norm=None)
+    with pytest.raises(ValueError, match="in_backward: works with one micro batch per step only"):
+        AdamW(parameters().items(), config, accumulate_in_fp32=True)

@@ -55,8 +55,9 @@ def test_weights_are_bit_equal(decoder: Decoder, hf) -> None:
     placements = hf_tensors(decoder)
     assert placements.keys() == theirs.keys()
     for name, placement in placements.items():
-        rows = decoder.get_parameter(placement.parameter)[placement.row : placement.row + placement.shape[0]]
-        assert torch.equal(rows, theirs[name]), name
+        flat = decoder.get_parameter(placement.parameter).view(-1)
+        values = flat[placement.offset : placement.offset + placement.numel].view(placement.shape)
+        assert torch.equal(values, theirs[name]), name
 
 
 def test_token_ids_and_chat_are_equal(smollm2: Path, hf_tokenizer) -> None:

@@ -30,7 +30,7 @@ def test_defaults_are_filled_in(values):
         (["data", "sources", 1, "wieght"], 2, r"data\.sources\.1\.wieght: unknown key; did you mean 'weight'\? "
                                               r"allowed: name, store, weight, max_epochs"),
         (["batch", "sequences"], "many", r"batch\.sequences: given 'many'; .*integer"),
-        (["batch", "accumulation"], 0, r"batch\.accumulation: given 0; .*greater than or equal to 1"),
+        (["batch", "micro_batches"], 0, r"batch\.micro_batches: given 0; .*greater than or equal to 1"),
         (["schedule", "kind"], "cosin", r"schedule\.kind: given 'cosin'; .*'linear', 'cosine', 'constant' or 'wsd'"),
         (["precision"], "fp8", r"precision: given 'fp8'; .*'float32' or 'bfloat16'"),
         (["tokens"], 1000, r"exactly one of steps, tokens and epochs; given: steps, tokens"),

@@ -62,7 +62,7 @@ def test_loaded_model_computes_what_transformers_computes(case: str, tmp_path: P
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["llama_tied_mha", "qwen2_untied", "qwen3_bias_tied"])
+@pytest.mark.parametrize("case", ["llama_tied_mha", "mixtral", "qwen2_untied", "qwen3_bias_tied"])
 def test_round_trip_is_byte_identical(
     case: str, dtype: torch.dtype, max_shard_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,9 +99,10 @@ def test_transformers_opens_an_export_with_equal_tensors(tmp_path: Path) -> None
     assert not info["unexpected_keys"]
     state = theirs.state_dict()
     for name, placement in hf_tensors(decoder).items():
-        rows = decoder.get_parameter(placement.parameter)[placement.row : placement.row + placement.shape[0]]
+        flat = decoder.get_parameter(placement.parameter).view(-1)
+        values = flat[placement.offset : placement.offset + placement.numel].view(placement.shape)
         assert state[name].dtype == torch.bfloat16
-        assert torch.equal(state[name], rows.bfloat16())
+        assert torch.equal(state[name], values.bfloat16())
 
 
 def test_dtype_of_an_export(tmp_path: Path) -> None:
@@ -132,6 +133,36 @@ def test_rows_of_fused_weights(tmp_path: Path) -> None:
     gate_up = torch.cat([theirs[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up")])
     assert torch.equal(decoder.layers[1].qkv.weight, qkv)
     assert torch.equal(decoder.layers[1].gate_up.weight, gate_up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_stacked_in_the_folder(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout that transformers 5 has in memory: the same weights, and exported as they came."""
+    monkeypatch.setattr(weights, "CHUNK_ELEMENTS", 1000)
+    single = saved(tmp_path / "single", "mixtral", dtype)
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    (stacked / "config.json").write_text((single / "config.json").read_text())
+    save_file(tiny_transformers("mixtral").to(dtype).state_dict(), stacked / SINGLE_FILE, metadata={"format": "pt"})
+    one, other = tensors_of(single), tensors_of(stacked)
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in one
+    assert other["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 160, 48)
+    expert = "model.layers.1.block_sparse_moe.experts.3"
+    gate_up = torch.cat([one[f"{expert}.{matrix}.weight"] for matrix in ("w1", "w3")])
+    assert torch.equal(other["model.layers.1.mlp.experts.gate_up_proj"][3], gate_up)
+
+    decoder = loaded(stacked)
+    assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), loaded(single).parameters(), strict=True))
+    export_model(decoder, stacked, tmp_path / "out")
+    assert (tmp_path / "out" / SINGLE_FILE).read_bytes() == (stacked / SINGLE_FILE).read_bytes()
+
+    del other["model.layers.1.mlp.experts.down_proj"]
+    save_file(other, stacked / SINGLE_FILE)
+    with pytest.raises(ValueError, match="config.json: 1 missing: model.layers.1.mlp.experts.down_proj"):
+        loaded(stacked)
+    change(single, model__layers__1__block_sparse_moe__experts__3__w2__weight=None)
+    with pytest.raises(ValueError, match="1 missing: model.layers.1.block_sparse_moe.experts.3.w2.weight"):
+        loaded(single)
 
 
 def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,7 @@ def make_model(folder: Path, vocab_size: int = 300) -> Path:
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        decoder = Decoder(ModelConfig.from_dict(config))
-    specs = [(name, torch.float32, placement.shape) for name, placement in hf_tensors(decoder).items()]
-    generator = torch.Generator().manual_seed(0)
-    with SafetensorsWriter(folder, specs) as writer:
-        for name, dtype, shape in specs:
-            matrix = len(shape) == 2
-            tensor = torch.randn(shape, generator=generator) * 0.1 if matrix else torch.ones(shape, dtype=dtype)
-            writer.write(name, tensor)
+    _write_weights(folder, config)
 
     vocabulary = {symbol: id for id, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -58,6 +51,19 @@ def make_model(folder: Path, vocab_size: int = 300) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     return folder
+
+
+def _write_weights(folder: Path, config: dict[str, Any]) -> None:
+    """Random weights of the shapes that the config says."""
+    with torch.device("meta"):
+        decoder = Decoder(ModelConfig.from_dict(config))
+    specs = [(name, torch.float32, placement.shape) for name, placement in hf_tensors(decoder).items()]
+    generator = torch.Generator().manual_seed(0)
+    with SafetensorsWriter(folder, specs) as writer:
+        for name, dtype, shape in specs:
+            matrix = len(shape) == 2
+            tensor = torch.randn(shape, generator=generator) * 0.1 if matrix else torch.ones(shape, dtype=dtype)
+            writer.write(name, tensor)
 
 
 def make_store(out: Path, model: Path, seed: int, documents: int = 60) -> Path:
@@ -90,7 +96,7 @@ def make_recipe(root: Path, **changes: Any) -> dict[str, Any]:
             "validation": [{"name": "held_out", "store": str(root / "held_out")}],
         },
         "schedule": {"kind": "cosine", "lr": 3e-3, "end_lr": 3e-4, "warmup_steps": 3},
-        "batch": {"sequences": 2, "accumulation": 2},
+        "batch": {"sequences": 2, "micro_batches": 2},
         "steps": 12,
         "precision": "float32",
         "device": "cpu",
@@ -107,3 +113,23 @@ def write_recipe(root: Path, **changes: Any) -> Path:
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def make_mixtral(folder: Path, tokenizer: Path) -> Path:
+    """A mixture of four experts of which two are active, with the tokenizer of another folder."""
+    folder.mkdir(parents=True)
+    config = json.loads((tokenizer / "config.json").read_text()) | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.02,
+        "output_router_logits": True,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_weights(folder, config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, folder / name)
+    return folder

@@ -22,6 +22,10 @@ def fused_residual(x, residual, norm_weight, weight, *, exact_hf=False):
     return rms_norm_linear(x, norm_weight, weight, eps=EPS, residual=residual, exact_hf=exact_hf)
 
 
+def fused_sum(x, residual, norm_weight, weight, *, exact_hf=False):
+    return rms_norm_linear(x + residual, norm_weight, weight, eps=EPS, exact_hf=exact_hf, return_sum=True)
+
+
 def unfused_residual(x, residual, norm_weight, weight, *, exact_hf=False):
     y, s = add_rms_norm(x, residual, norm_weight, EPS, exact_hf=exact_hf)
     return linear(y, weight), s
@@ -35,12 +39,14 @@ def unfused_swiglu(gate_up, weight, bias, *, exact_hf=False):
 LAYERS = {
     "norm": (fused_norm, unfused_norm, ((T, H), (H,), (N, H), (N,))),
     "residual": (fused_residual, unfused_residual, ((T, H), (T, H), (H,), (N, H))),
+    "sum": (fused_sum, unfused_residual, ((T, H), (T, H), (H,), (N, H))),
     "swiglu": (swiglu_linear, unfused_swiglu, ((T, 2 * H), (N, H), (N,))),
 }
 # What a layer makes for the product and does not keep.
 NOT_SAVED = {
     "norm": lambda x, norm_weight, *_: rms_norm(x, norm_weight, EPS),
     "residual": lambda x, residual, norm_weight, _: add_rms_norm(x, residual, norm_weight, EPS)[0],
+    "sum": lambda x, residual, norm_weight, _: add_rms_norm(x, residual, norm_weight, EPS)[0],
     "swiglu": lambda gate_up, *_: swiglu(gate_up),
 }
 
@@ -184,6 +190,24 @@ def test_compiles_as_one_graph_with_the_same_gradients(layer):
     want = gradients(fused, random(shapes), torch.float32)
     got = gradients(torch.compile(fused, fullgraph=True, backend="aot_eager"), random(shapes), torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_autocast_changes_nothing(layer, precision, trained):
+    """The product is one of the operands given; autocast would compute it in another dtype than its backward."""
+    fused, _, shapes = layer
+    results = []
+    for enabled in (False, True):
+        inputs = random(shapes, precision)
+        for x in inputs[:-2]:
+            x.requires_grad_(trained)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = fused(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+        out.sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs if x.requires_grad)])
+    assert all(a.dtype == b.dtype == precision and torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_no_tokens(path, layer):
