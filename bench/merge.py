@@ -79,7 +79,7 @@ def run(
     Returns:
         {"size", "values", "cores", methods: {method: {program: {"seconds": [...], "cpu_seconds": [...],
         "peak_rss_bytes", "peak_anonymous_bytes"}, "load": [...], "of_copy", "of_mergekit"}}}. peak_rss counts pages of
-        mapped files too (mergekit maps its inputs), peak_anonymous does not; both are sampled every 50 ms. `load` is the
+        mapped files too (mergekit maps its inputs), peak_anonymous does not; both sampled every 50 ms. `load` is the
         system's load average before each round: other work on the machine shows in it.
     """
     if size not in SIZES:
