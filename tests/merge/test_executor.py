@@ -144,7 +144,7 @@ def test_manifest_and_what_is_carried(folder: Path, tmp_path: Path) -> None:
     assert kept["files"]["merge.json"]["sha256"] == sha256_file(out / "merge.json")
     assert kept["tensors"] == {name: entry["sha256"] for name, entry in manifest["tensors"].items()}
     assert manifest["config"] == config(folder, "slerp")
-    assert manifest["donors"] == {"config": str(folder / "base"), "tokenizer": str(folder / "base")}
+    assert manifest["donors"] == dict.fromkeys(("config", "tokenizer", "chat_template"), str(folder / "base"))
     assert f"tokenizer from {folder / 'base'}" in lines
     for name in ("tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (out / name).read_bytes() == (folder / "base" / name).read_bytes()
