@@ -33,7 +33,7 @@ import torch
 from ..data.files import atomic_write, check_absent, hash_inputs, sha256_json, versions
 from ..engine.safetensors_io import SafetensorsWriter
 from .config import parse_config, read_yaml
-from .journal import Journal, journaled_folder, workplace
+from .journal import Journal, journaled_folder, reserved_bytes
 from .manifest import tensor_record, write_records
 from .method_table import METHODS
 from .plan import MergePlan, TensorPlan, plan_merge
@@ -498,10 +498,7 @@ def _check_space(outputs: Sequence[Output]) -> None:
         parent = next(path for path in output.out.resolve().parents if path.exists())
         volume = parent.stat().st_dev
         size = sum(_bytes(tensor) for tensor in output.plan.tensors)
-        reserved = sum(
-            path.stat().st_blocks * 512 for path in workplace(output.out).rglob("*") if path.is_file()
-        )  # of an interrupted merge
-        needed[volume] = needed.get(volume, 0) + size - reserved
+        needed[volume] = needed.get(volume, 0) + size - reserved_bytes(output.out)
         free[volume] = shutil.disk_usage(parent).free
         if needed[volume] > free[volume]:
             text = f"{needed[volume] / 1e9:.2f} GB are needed, {free[volume] / 1e9:.2f} GB are free"

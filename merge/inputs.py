@@ -16,6 +16,7 @@ from .adapters import AdaptedModel
 from .arranged import TensorReader
 from .config import resolve_model
 from .findings import Findings
+from .journal import reserved_bytes
 from .layers import is_embedding, is_head
 from .result_config import text_config
 from .vocabulary import Tokens, read_tokens
@@ -170,5 +171,6 @@ def check_output(out: Path, models: Sequence[Input], needed: int, findings: Find
     except FileExistsError as error:
         findings.error(str(error))
     parent = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    needed -= reserved_bytes(out)  # by an interrupted merge, which this one goes on with
     if (free := shutil.disk_usage(parent).free) < needed:
         findings.error(f"{out}: {needed / 1e9:.2f} GB are needed, the disk of {parent} has {free / 1e9:.2f} GB free")

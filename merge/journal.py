@@ -60,6 +60,11 @@ def workplace(out: str | Path) -> Path:
     return Path(out).parent / f".{Path(out).name}.merging"
 
 
+def reserved_bytes(out: Path) -> int:
+    """What an interrupted merge into `out` holds on the disk already."""
+    return sum(path.stat().st_blocks * 512 for path in workplace(out).rglob("*") if path.is_file())
+
+
 @contextmanager
 def journaled_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
     """Yield the journal of `out`, whose `folder` becomes `out` when the block ends without an error.

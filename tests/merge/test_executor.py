@@ -233,9 +233,14 @@ def test_an_unknown_device_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_an_output_that_exists_is_not_touched(folder: Path, tmp_path: Path) -> None:
     before = sha256_file(folder / "a" / "config.json")
     for out in (folder / "a", folder / "a" / "config.json"):
-        with pytest.raises(FileExistsError):
+        with pytest.raises(ValueError, match=r"is an input of the merge|lies in the input"):
             merge(config(folder, "linear"), out)
     assert sha256_file(folder / "a" / "config.json") == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="out: .*not empty"):
+        merge(config(folder, "linear"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("method", FURTHER)
