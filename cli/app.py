@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 app = typer.Typer(
     name="steep",
@@ -49,6 +52,16 @@ def _stderr() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal; called with (bytes done, bytes in all)."""
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_json(value: Any) -> None:
@@ -135,16 +148,64 @@ def train(
     run([str(recipe), *(overrides or [])])
 
 
-@app.command()
+class _MergeGroup(typer.core.TyperGroup):
+    """`steep merge CONFIG OUT` beside the commands of `steep merge`: what is no command's name begins a merge."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["run", *args])
+
+
+merge_app = typer.Typer(
+    help="Merge models by a mergekit YAML: steep merge CONFIG OUT. A file named as a command: ./NAME.",
+    cls=_MergeGroup,
+    no_args_is_help=True,
+)
+app.add_typer(merge_app, name="merge")
+
+
+@merge_app.command("run")
 def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="KEY=A,B,C: a merge for each, in OUT/KEY=A and so on. KEY: t, models.0.parameters.weight."),
+    ] = None,
+    allow_not_finite: Annotated[bool, typer.Option(help="Let NaN and infinity in a model pass through.")] = False,
 ) -> None:
-    """Merge models: linear, slerp, task_arithmetic, ties. Everything is checked before the first byte is written."""
-    from ..merge import merge as run
+    """Merge models. Everything is checked before the first byte is written; the same command goes on if interrupted."""
+    import yaml
 
-    _print_json(run(config, out, device=device, log=print)["figures"])
+    from .. import merge as merging
+
+    options: dict[str, Any] = {"device": device, "allow_not_finite": allow_not_finite, "log": print}
+    key, equals, values = (sweep or "=").partition("=")
+    if sweep and not (key and equals and values):
+        raise ValueError(f"--sweep: {sweep!r} given, expected KEY=A,B,C")
+    with _progress("merging") as options["progress"]:
+        if sweep:
+            results = merging.sweep(config, out, key, [yaml.safe_load(value) for value in values.split(",")], **options)
+        else:
+            results = [merging.merge(config, out, **options)]
+    for result in results:
+        _print_json(result["figures"])
+
+
+@merge_app.command("plan")
+def merge_plan(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also check the place where the result shall lie.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A line for every tensor, not for every kind.")] = False,
+) -> None:
+    """What a merge would do, from headers alone: every tensor, donor and parameter, or every error."""
+    from rich.console import Console
+
+    from ..merge.plan_view import plan_file, show_plan
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for part in show_plan(plan_file(config, out), every_tensor=tensors):
+        console.print(part)
 
 
 @app.command("eval")
@@ -300,9 +361,17 @@ def bench_sm90(out: RecordOption = None) -> None:
 
 
 @bench_app.command("merge")
-def bench_merge(out: RecordOption = None) -> None:
-    """Merging against mergekit: wall time and peak memory."""
+def bench_merge(
+    out: RecordOption = None,
+    size: Annotated[str, typer.Option(help="0.03B, 0.5B, 1.5B or 7B.")] = "1.5B",
+    methods: Annotated[str | None, typer.Option(help="Separated by commas; else all that are measured.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds of copy, steep, mergekit.")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="Where the models are written for the time.")] = None,
+    peer: Annotated[bool, typer.Option(help="Measure mergekit too.")] = True,
+) -> None:
+    """Merging against mergekit and a plain copy of the same bytes: time and peak memory."""
     from ..bench import merge
     from ..bench.record import record
 
-    _print_json(record("merge", merge.run(), out))
+    chosen = tuple(methods.split(",")) if methods else tuple(merge.CONFIGS)
+    _print_json(record("merge", merge.run(size, chosen, repeats, folder, peer), out))

@@ -73,15 +73,19 @@ class SafetensorsFolder:
     `names` and iteration are in file order: shard by shard, by position in the shard, which is the order that reads
     a disk sequentially. `metadata` is the free text metadata of the first file.
 
+    Args:
+        path: the folder.
+        single_file: goes before an index, as in transformers.
+
     Raises:
         FileNotFoundError: no safetensors in the folder, or a shard that the index names is not there.
         ValueError: a damaged or truncated file, an index that does not agree with its shards, an unknown dtype.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, single_file: str = SINGLE_FILE) -> None:
         self.path = Path(path)
-        weight_map = self._read_index()
-        files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+        weight_map = None if (self.path / single_file).is_file() else self._read_index()
+        files = sorted(set(weight_map.values())) if weight_map is not None else [single_file]
         self._entries: dict[str, _Entry] = {}
         self._descriptors: dict[Path, int] = {}
         self.metadata: dict[str, str] = {}
@@ -103,12 +107,10 @@ class SafetensorsFolder:
             self.close()
             raise
 
-    def _read_index(self) -> dict[str, str] | None:
-        """{tensor: file name} of the index; None if there is a single file, which goes first as in transformers."""
+    def _read_index(self) -> dict[str, str]:
+        """{tensor: file name} of the index."""
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path}: not found, or not a folder")
-        if (self.path / SINGLE_FILE).is_file():
-            return None
         index = self.path / INDEX_FILE
         if not index.is_file():
             pickles = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".bin", ".pt", ".pth"))
@@ -188,6 +190,18 @@ class SafetensorsFolder:
             raise ValueError(f"{name}: elements [{lo}, {lo + out.numel()}) of {entry.numel}")
         return self._read(entry, lo, out)
 
+    def will_read(self, name: str, lo: int, count: int) -> None:
+        """Tell the system that `count` elements from `lo` on, or those there are, will be read soon: it reads ahead."""
+        entry = self._entry(name)
+        if hasattr(os, "posix_fadvise") and (count := min(count, entry.numel - lo)) > 0:
+            first, size = entry.offset + lo * entry.dtype.itemsize, count * entry.dtype.itemsize
+            os.posix_fadvise(self._descriptors[entry.file], first, size, os.POSIX_FADV_WILLNEED)
+
+    def span(self, name: str) -> tuple[int, int]:
+        """The positions in its file at which a tensor's bytes begin and end."""
+        entry = self._entry(name)
+        return entry.offset, entry.offset + entry.numel * entry.dtype.itemsize
+
     def read_ahead(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
         """The ranges (name, lo, hi) of flat elements as they are given, each a little after the system was told that it
         will be read: the disk works while what came before is being used, which makes cold reads several times
@@ -195,11 +209,8 @@ class SafetensorsFolder:
         coming: deque[tuple[str, int, int]] = deque()
         num_bytes = 0
         for name, lo, hi in ranges:
-            entry = self._entry(name)
-            size = (hi - lo) * entry.dtype.itemsize
-            if hasattr(os, "posix_fadvise"):
-                offset = entry.offset + lo * entry.dtype.itemsize
-                os.posix_fadvise(self._descriptors[entry.file], offset, size, os.POSIX_FADV_WILLNEED)
+            size = (hi - lo) * self._entry(name).dtype.itemsize
+            self.will_read(name, lo, hi - lo)
             coming.append((name, lo, hi))
             num_bytes += size
             while num_bytes > _AHEAD_BYTES:
@@ -210,14 +221,7 @@ class SafetensorsFolder:
 
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""
-        view = bytes_of(out)
-        offset, done = entry.offset + first * entry.dtype.itemsize, 0
-        while done < len(view):  # one call reads 2 GiB at most
-            count = os.preadv(self._descriptors[entry.file], [view[done:]], offset + done)
-            if count == 0:
-                raise ValueError(f"{entry.file}: ended at byte {offset + done}; it was shortened while being read")
-            done += count
-        return out
+        return _pread(entry, self._descriptors[entry.file], first, out)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -288,6 +292,18 @@ def _read_entry(file: Path, name: str, value: Any) -> tuple[torch.dtype, tuple[i
     return DTYPES[dtype_name], shape, (begin, end)
 
 
+def _pread(entry: _Entry, descriptor: int, first: int, out: Tensor) -> Tensor:
+    """Fill contiguous `out` with a tensor's elements from `first` on."""
+    view = bytes_of(out)
+    offset, done = entry.offset + first * entry.dtype.itemsize, 0
+    while done < len(view):  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise ValueError(f"{entry.file}: ended at byte {offset + done}; it was shortened while being read")
+        done += count
+    return out
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
@@ -314,6 +330,8 @@ class SafetensorsWriter:
         max_shard_bytes: a file is begun when the next tensor would make the current one larger.
         metadata: free text of the header; transformers wants `format: pt`.
         file_of: {name: file name} of an existing layout to repeat, instead of `max_shard_bytes`.
+        resume: files that an interrupted writer of the same specs left behind are gone on with; others are made anew.
+            Nothing counts as written until `adopt` says so.
         ranks: the processes that write together.
         parallel: all ranks write at the same time. False, for file systems on which processes cannot write one file
             side by side: `write_pieces` sends what the others hold to rank 0, which alone touches the files.
@@ -331,6 +349,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         file_of: Mapping[str, str] | None = None,
+        resume: bool = False,
         ranks: Ranks | None = None,
         parallel: bool = True,
     ) -> None:
@@ -341,14 +360,15 @@ class SafetensorsWriter:
         self._descriptors: dict[Path, int] = {}
         self._written: dict[str, list[tuple[int, int]]] = {}  # by tensor: sorted element ranges, neighbours joined
         self._lock = threading.Lock()
+        self.bytes_written, self._closed = 0, False
         try:
             with self._ranks.together():
                 shards = _plan_shards(list(specs), max_shard_bytes, file_of)
                 self._files = [self.folder / file_name for file_name in shards]
                 for file, shard in zip(self._files, shards.values()):
                     header, num_bytes = self._lay_out(file, shard, {"format": "pt"} if metadata is None else metadata)
-                    if self._ranks.rank == 0:
-                        self._descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                    if self._ranks.rank == 0 and not (resume and self._reopen(file, header, num_bytes)):
+                        self._descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                         _reserve(file, self._descriptors[file], num_bytes)
                         self._pwrite(file, memoryview(header), 0)
             with self._ranks.together():
@@ -373,6 +393,18 @@ class SafetensorsWriter:
             self._written[name] = []
         return struct.pack("<Q", len(text)) + text, 8 + len(text) + end
 
+    def _reopen(self, file: Path, header: bytes, num_bytes: int) -> bool:
+        """Whether an interrupted writer left just this file; it is open then. Another one in its place is removed."""
+        if not file.is_file():
+            return False
+        self._descriptors[file] = os.open(file, os.O_RDWR)
+        size = os.fstat(self._descriptors[file]).st_size
+        if size == num_bytes and os.pread(self._descriptors[file], len(header), 0) == header:
+            return True
+        os.close(self._descriptors.pop(file))
+        file.unlink()
+        return False
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor of the declared dtype and shape, from any device."""
         shape = self._entry(name).shape
@@ -391,6 +423,7 @@ class SafetensorsWriter:
             return
         with self._lock:
             _claim(self._written[name], lo, hi, name)
+            self.bytes_written += values.numel() * values.dtype.itemsize
         self._pwrite(entry.file, bytes_of(values.cpu().contiguous()), entry.offset + lo * entry.dtype.itemsize)
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
@@ -405,6 +438,24 @@ class SafetensorsWriter:
                 for name, lo, values in gathered:
                     self.write_range(name, lo, values)
 
+    def read_into(self, name: str, lo: int, out: Tensor) -> Tensor:
+        """Fill `out`, a contiguous 1-D CPU tensor of the declared dtype, with what the file holds from element `lo`."""
+        entry = self._entry(name)
+        return _pread(entry, self._descriptors[entry.file], lo, out)
+
+    def adopt(self, name: str) -> None:
+        """Count a whole tensor as written: an interrupted writer did it, and the caller has checked its bytes."""
+        with self._lock:
+            _claim(self._written[name], 0, self._entry(name).numel, name)
+
+    def sync(self) -> None:
+        """Make durable what has been written so far; while other threads write on."""
+        for file, descriptor in self._descriptors.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
+
     def _pwrite(self, file: Path, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
@@ -413,13 +464,21 @@ class SafetensorsWriter:
             except OSError as error:
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return list(dict.fromkeys(entry.file for entry in self._entries.values()))
+
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise ValueError(f"{self.folder}: tensor {name} was not declared")
         return self._entries[name]
 
     def close(self) -> None:
-        """Check that nothing is missing, make all files durable, and write the index if there are several."""
+        """Check that nothing is missing, make all files durable, and write the index if there are several. Once."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             with self._ranks.together():
                 for descriptor in self._descriptors.values():

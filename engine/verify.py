@@ -5,6 +5,7 @@ Everything is reported that can be found out: one damaged file does not hide ano
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _verify_folder(folder: Path, report: dict[str, Any]) -> list[str]:
             report |= {"documents": store.num_docs, "tokens": store.num_tokens}
             store.verify()
         elif _is_model(folder) or any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-            problems += _verify_tensors(folder, report)
+            problems += _verify_tensors(folder, report, manifest)
             if report["kind"] == CHECKPOINT_KIND:
                 problems += verify_checksums(folder)
     except (ValueError, FileNotFoundError) as error:
@@ -109,20 +110,35 @@ def _verify_files(folder: Path, files: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _verify_tensors(folder: Path, report: dict[str, Any]) -> list[str]:
-    """Every tensor readable and finite; those of a model also as its config.json says."""
+def _verify_tensors(folder: Path, report: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    """Every tensor readable and finite, with the hash that a manifest gives; those of a model as config.json says."""
     problems = []
+    hashes = found if isinstance(found := manifest.get("tensors"), dict) else {}
     with SafetensorsFolder(folder) as tensors:
         report |= {"tensors": len(tensors.names), "tensor_bytes": tensors.total_bytes}
         if _is_model(folder):
             problems += _verify_model(folder, tensors, report)
+        problems += [f"{folder}: no tensor {name}, but {MANIFEST} lists it" for name in hashes if name not in tensors]
         for name in tensors.names:
-            if not tensors.dtype(name).is_floating_point or tensors.dtype(name).itemsize == 1:  # fp8 has no aminmax
-                continue
-            for lo, hi in chunks(tensors.numel(name)):
-                if not is_finite(tensors.read_into(name, lo, torch.empty(hi - lo, dtype=tensors.dtype(name)))):
-                    problems.append(f"{tensors.file_of(name)}: {name} holds NaN or Inf")
-                    break
+            problems += _verify_tensor(tensors, name, hashes.get(name))
+    return problems
+
+
+def _verify_tensor(tensors: SafetensorsFolder, name: str, expected: Any) -> list[str]:
+    dtype = tensors.dtype(name)
+    with_aminmax = dtype.is_floating_point and dtype.itemsize > 1  # fp8 has none
+    if expected is None and not with_aminmax:
+        return []
+    digest, finite = hashlib.sha256(), True
+    for lo, hi in chunks(tensors.numel(name)):
+        values = tensors.read_into(name, lo, torch.empty(hi - lo, dtype=dtype))
+        finite = finite and (not with_aminmax or is_finite(values))
+        if expected is not None:
+            digest.update(values.view(torch.uint8).numpy().data)
+    where = f"{tensors.file_of(name)}: {name}"
+    problems = [] if finite else [f"{where} holds NaN or Inf"]
+    if expected is not None and digest.hexdigest() != expected:
+        problems.append(f"{where}: SHA-256 is {digest.hexdigest()}, {MANIFEST} says {expected}")
     return problems
 
 

@@ -15,7 +15,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import MANIFEST, hash_inputs, make_manifest, sha256_file, write_manifest
+from ..data.files import MANIFEST, hash_inputs
 from .config import ModelConfig
 from .model import Decoder
+from .model_files import carried_files, write_model_manifest
 from .ranks import Piece, Ranks
 from .safetensors_io import SafetensorsFolder, SafetensorsWriter
 from .shards import LocalShard, local_shard
@@ -45,12 +45,6 @@ _RENAMED = {
 # Tensors that older transformers stored beside the weights and that are functions of config.json.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _STACKED = ".mlp.experts.gate_up_proj"  # in a folder whose experts are stacked
-# What belongs to a model besides its weights. Not README.md: a model card speaks of the weights it was written for.
-CARRIED = (
-    *("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "vocab.json"),
-    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
 
 
 @dataclass(frozen=True)
@@ -324,31 +318,6 @@ def _stored_pieces(
         if not is_finite(values):
             raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); nothing was exported")
         yield name, first, values
-
-
-def write_model_manifest(
-    folder: Path, kind: str, *, inputs: Mapping[str, Any], ranks: Ranks | None = None, **extra: Any
-) -> None:
-    """The manifest of a finished model folder; `files` has the checksums that `steep verify` compares. The ranks, all
-    of which must call it, share the work of hashing; rank 0 writes."""
-    ranks = ranks or Ranks()
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    paths: list[Path] = ranks.exchange(found)[0]  # what rank 0 sees, should a network file system be late elsewhere
-    own = paths[ranks.rank :: ranks.size]
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(sha256_file, own))
-    hashed = {path: digest for each in ranks.exchange(dict(zip(own, hashes))) for path, digest in each.items()}
-    if ranks.rank == 0:
-        files = {
-            path.relative_to(folder).as_posix(): {"sha256": hashed[path], "bytes": path.stat().st_size}
-            for path in paths
-        }
-        write_manifest(folder, make_manifest(kind, inputs=inputs, files=files, **extra))
-
-
-def carried_files(folder: str | Path) -> list[Path]:
-    """Files of a model folder that a model derived from it takes along: all that says how to use it, no weights."""
-    return sorted({path for pattern in CARRIED for path in Path(folder).glob(pattern) if path.is_file()})
 
 
 def _hash_model(source: SafetensorsFolder) -> dict[str, dict[str, Any]]:

@@ -1,31 +1,33 @@
 """mergekit's YAML, read as it is: pydantic models, parameter resolution and the rule for model paths.
 
 Knows no tensors and opens no weights. What mergekit ignores silently (unknown keys, misspelt parameters) is refused
-here with the nearest known name; what mergekit has and steep does not have yet is refused by name.
+here with the nearest known name.
 
 Paths of models: an absolute path is taken as it is; a relative one is looked up from the folder of the YAML file first,
-then from the current folder, and the first that is a folder counts. Nothing is downloaded.
+then from the current folder, and the first that is a folder counts. Nothing is downloaded. `model+adapter` is a model
+with a LoRA adapter applied to it.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from .method_table import (
-    BOOLEAN_PARAMETERS,
-    KNOWN_PARAMETERS,
-    METHODS,
-    METHODS_NOT_YET,
-    PARAMETERS_OF_OTHER_METHODS,
-    Scalar,
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
+
+from .method_table import KNOWN_PARAMETERS, METHODS, PARAMETERS, Scalar
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -33,15 +35,16 @@ DType = Literal["float32", "float16", "bfloat16"]
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' for a mistyped name, or the list of what is allowed."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(known)}"
+    name = str(name)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.8) or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; allowed: {', '.join(known)}"
 
 
 class Setting(BaseModel):
     """One parameter as written: rules in order, each a substring filter on tensor names and a list of values.
 
     A scalar is a list of one. A list of numbers is a gradient, interpolated linearly over the layers; a list of
-    booleans selects the value whose position the layer has reached.
+    booleans or words selects the value whose position the layer has reached.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,11 +75,11 @@ class Setting(BaseModel):
             if pattern is None or pattern == "*" or pattern in tensor:
                 position = t * (len(values) - 1)
                 low = int(position)
-                if isinstance(values[low], bool):
-                    return values[low]
-                high = min(len(values) - 1, low + 1)
+                here, there = values[low], values[min(len(values) - 1, low + 1)]
+                if isinstance(here, bool | str) or isinstance(there, bool | str):
+                    return here
                 fraction = position - low
-                return (1 - fraction) * values[low] + fraction * values[high]
+                return (1 - fraction) * here + fraction * there
         return None
 
     @property
@@ -88,144 +91,234 @@ def _values(name: str, written: Any) -> tuple[Scalar, ...]:
     entries = written if isinstance(written, list) else [written]
     if not entries:
         raise ValueError(f"{name}: an empty list has no value")
-    return tuple(_scalar(name, entry) for entry in entries)
-
-
-def _scalar(name: str, written: Any) -> Scalar:
-    if name in BOOLEAN_PARAMETERS:
-        if written in (0, 1):  # also False, True, 0.0 and 1.0, which generated configurations contain
-            return bool(written)
-        raise ValueError(f"{name}: expected true or false, found {written!r}")
-    if isinstance(written, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            written = float(written)
-        except ValueError:
-            raise ValueError(f"{name}: expected a number, found {written!r}") from None
-    if isinstance(written, bool) or not isinstance(written, int | float) or not math.isfinite(written):
-        raise ValueError(f"{name}: expected a finite number, found {written!r}")
-    if name == "density" and not 0 <= written <= 1:
-        raise ValueError(f"density: must be between 0 and 1, found {written!r}")
-    return float(written)
+    return tuple(PARAMETERS[name].parse(name, entry) for entry in entries)
 
 
 Parameters = dict[str, Setting]
 
 
 class _Section(BaseModel):
-    """A part of the YAML. Unknown keys are refused with the nearest known one, keys of later storeys by name."""
+    """A part of the YAML. Unknown keys are refused with the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    not_yet: ClassVar[dict[str, str]] = {}
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, written: Any) -> Any:
+    def _without_nulls(cls, written: Any) -> Any:
         if not isinstance(written, Mapping):
             raise ValueError(f"expected a mapping, found {written!r}")
-        for key, value in written.items():
-            if key in cls.not_yet and value is not None:
-                raise ValueError(f"key {key!r} is not supported yet{cls.not_yet[key]}")
-            if key not in cls.model_fields and key not in cls.not_yet:
-                raise ValueError(f"unknown key {key!r}{nearest(key, cls.model_fields)}")
-        return {key: value for key, value in written.items() if key not in cls.not_yet}
+        return {str(key): value for key, value in written.items() if value is not None}  # null means absent
 
     @field_validator("parameters", mode="before", check_fields=False)
     @classmethod
     def _known_parameters(cls, written: Any) -> Parameters:
-        if written is None:
-            return {}
         if not isinstance(written, Mapping):
             raise ValueError(f"expected a mapping of parameters, found {written!r}")
-        for name in written:
+        found, problems = {}, []
+        for name, value in written.items():
             if name not in KNOWN_PARAMETERS:
-                raise ValueError(f"unknown parameter {name!r}{nearest(name, KNOWN_PARAMETERS)}")
-        return {
-            name: Setting.parse(name, value)
-            for name, value in written.items()
-            if value is not None and name not in PARAMETERS_OF_OTHER_METHODS
-        }
+                problems.append(f"unknown parameter {name!r}{nearest(name, KNOWN_PARAMETERS)}")
+            elif value is not None:
+                try:
+                    found[name] = Setting.parse(name, value)
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return found
+
+
+def _model_reference(written: Any) -> Any:
+    """mergekit's other spelling of `model+adapter`: {model: ..., lora: ...}, each a path or {path: ...}."""
+    if not isinstance(written, Mapping):
+        return written
+    parts = {}
+    for key, value in written.items():
+        if key not in ("model", "lora"):
+            raise ValueError(f"unknown key {key!r} of a model{nearest(key, ['model', 'lora'])}")
+        if isinstance(value, Mapping):
+            if value.get("revision") is not None:
+                raise ValueError(f"{key}: revision {value['revision']!r}: models are folders, nothing is downloaded")
+            value = value.get("path")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key}: expected a path, found {value!r}")
+        parts[key] = value
+    if not parts.get("model"):
+        raise ValueError(f"expected a path or {{model: path, lora: path}}, found {dict(written)!r}")
+    return f"{parts['model']}+{parts['lora']}" if parts.get("lora") else parts["model"]
+
+
+ModelPath = Annotated[str, BeforeValidator(_model_reference)]
 
 
 class InputModel(_Section):
     """One entry of `models`."""
 
-    model: str
+    model: ModelPath
     parameters: Parameters = {}
 
 
 class InputSlice(_Section):
     """One source of a slice: layers [first, last) of a model."""
 
-    model: str
+    model: ModelPath
     layer_range: tuple[int, int]
     parameters: Parameters = {}
 
+    @field_validator("layer_range")
+    @classmethod
+    def _not_empty(cls, layers: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= layers[0] < layers[1]:
+            raise ValueError(f"expected [first, last) with 0 <= first < last, found {list(layers)}")
+        return layers
+
 
 class OutputSlice(_Section):
-    """One entry of `slices`: the same layers of several models, merged."""
+    """One entry of `slices`: as many layers from each source, merged; slices follow one another in the result.
 
-    not_yet: ClassVar[dict[str, str]] = {"base_model": " on a slice; give it once, at the top", "residual_weight": ""}
+    `base_model` holds for this slice instead of the one at the top. mergekit reads `residual_weight` and makes no use
+    of it.
+    """
+
     sources: list[InputSlice] = Field(min_length=1)
+    base_model: ModelPath | None = None
+    residual_weight: float | None = None
     parameters: Parameters = {}
 
     @model_validator(mode="after")
-    def _same_layers(self) -> OutputSlice:
-        ranges = {source.layer_range for source in self.sources}
-        if len(ranges) > 1:
-            raise ValueError(
-                f"sources have layer ranges {sorted(ranges)}; slices that move or repeat layers are not supported yet, "
-                "all sources of a slice must name the same layers"
-            )
+    def _same_length(self) -> OutputSlice:
+        lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
+        if len(lengths) > 1:
+            ranges = ", ".join(f"{list(source.layer_range)} of {source.model}" for source in self.sources)
+            raise ValueError(f"all sources of a slice must have as many layers, found {ranges}")
         return self
 
 
-class MergeConfig(_Section):
-    """A whole mergekit configuration of this storey: `models`, or `slices` that keep every layer in its place."""
+class Module(_Section):
+    """One entry of `modules`: a part of the model (text_decoder, vision_tower; `default` where there is one part)."""
 
-    not_yet: ClassVar[dict[str, str]] = {
-        "modules": "; use 'models'",
-        "tokenizer": "; use 'tokenizer_source: base' or a model's path",
-        "chat_template": "; the template of the tokenizer's model is carried along",
-    }
     models: list[InputModel] = []
     slices: list[OutputSlice] = []
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Module:
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("exactly one of 'models' and 'slices' must be given, and not empty")
+        return self
+
+
+class TokenOfModel(_Section):
+    """The row of another token: `{kind: model_token, model: ..., token: ...}` or with `token_id`."""
+
+    kind: Literal["model_token"]
+    model: ModelPath
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_name(self) -> TokenOfModel:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("exactly one of 'token' and 'token_id' must be given")
+        return self
+
+
+class Zero(_Section):
+    """A row of zeros: `{kind: zero}`."""
+
+    kind: Literal["zero"]
+
+
+def _token_source(written: Any) -> Any:
+    """Which of the forms of a token's source it is, so that errors speak of that one."""
+    if not isinstance(written, Mapping) or "kind" not in written:
+        return TypeAdapter(ModelPath).validate_python(written)
+    kinds: dict[Any, type[_Section]] = {"model_token": TokenOfModel, "zero": Zero}
+    if written["kind"] not in kinds:
+        raise ValueError(f"unknown kind {written['kind']!r}{nearest(written['kind'], kinds)}")
+    try:
+        return kinds[written["kind"]].model_validate(written)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problems(error, kinds[written["kind"]]))) from None
+
+
+class TokenRule(_Section):
+    """Where a token's row comes from in models that lack it, or in all of them with `force`."""
+
+    source: Annotated[str | TokenOfModel | Zero, BeforeValidator(_token_source)] | None = None
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _forced_to_something(self) -> TokenRule:
+        if self.force and self.source is None:
+            raise ValueError("force: true needs a source: a model's path, {kind: zero} or {kind: model_token, ...}")
+        return self
+
+
+class TokenizerRule(_Section):
+    """The tokenizer of the result and how rows are found for its tokens.
+
+    vocab_size: "keep" the rows that pad the donor's embedding beyond its tokens, or write "exact"ly one row a token,
+        as mergekit does. steep's own key; `pad_to_multiple_of` implies exact.
+    """
+
+    source: ModelPath = "union"
+    tokens: dict[str, TokenRule] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+    vocab_size: Literal["keep", "exact"] = "keep"
+
+
+class MergeConfig(_Section):
+    """A whole mergekit configuration: exactly one of `models`, `slices` and `modules`.
+
+    random_seed: steep's own key, of the masks of dare and della; in mergekit an option of the command line.
+    """
+
+    models: list[InputModel] = []
+    slices: list[OutputSlice] = []
+    modules: dict[str, Module] = {}
     merge_method: str
-    base_model: str | None = None
+    base_model: ModelPath | None = None
     parameters: Parameters = {}
     dtype: DType | None = None
     out_dtype: DType | None = None
-    tokenizer_source: str | None = None
-
-    @field_validator("models", "slices", mode="before")
-    @classmethod
-    def _absent_is_empty(cls, written: Any) -> Any:
-        return [] if written is None else written
+    tokenizer_source: ModelPath | None = None
+    tokenizer: TokenizerRule | None = None
+    chat_template: str | None = None
+    random_seed: int = Field(0, ge=0, lt=1 << 63, strict=True)
 
     @field_validator("merge_method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method in METHODS_NOT_YET:
-            raise ValueError(f"{method!r} is not supported yet; supported: {', '.join(METHODS)}")
         if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}{nearest(method, [*METHODS, *METHODS_NOT_YET])}")
+            raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}")
         return method
 
-    @field_validator("tokenizer_source")
+    @field_validator("dtype", "out_dtype", mode="before")
     @classmethod
-    def _no_union(cls, source: str | None) -> str | None:
-        if source == "union":
-            raise ValueError("'union' is not supported yet; use 'base' or a model's path")
-        return source
+    def _without_torch(cls, dtype: Any) -> Any:
+        return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
 
     @model_validator(mode="after")
     def _one_form(self) -> MergeConfig:
-        if bool(self.models) == bool(self.slices):
-            raise ValueError("exactly one of 'models' and 'slices' must be given, and not empty")
-        if METHODS[self.merge_method].base == "required" and self.base_model is None:
+        if sum(map(bool, (self.models, self.slices, self.modules))) != 1:
+            raise ValueError("exactly one of 'models', 'slices' and 'modules' must be given, and not empty")
+        slices = [*self.slices, *(output for module in self.modules.values() for output in module.slices)]
+        by_models = bool(self.models) or any(module.models for module in self.modules.values())
+        lacking = by_models or any(output.base_model is None for output in slices)
+        if METHODS[self.merge_method].base == "required" and self.base_model is None and lacking:
             raise ValueError(f"base_model: required by {self.merge_method}")
-        if self.tokenizer_source == "base" and self.base_model is None:
-            raise ValueError("tokenizer_source: 'base' needs a base_model")
+        if self.tokenizer_source is not None and self.tokenizer is not None:
+            raise ValueError("only one of 'tokenizer_source' and 'tokenizer' may be given")
+        if (rule := self.tokenizer_rule) is not None and rule.source == "base" and self.base_model is None:
+            key = "tokenizer_source" if self.tokenizer is None else "tokenizer.source"
+            raise ValueError(f"{key}: 'base' needs a base_model")
         return self
+
+    @property
+    def tokenizer_rule(self) -> TokenizerRule | None:
+        """`tokenizer`, or what `tokenizer_source` stands for; None: rows are merged by number."""
+        return self.tokenizer or (TokenizerRule(source=self.tokenizer_source) if self.tokenizer_source else None)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -269,30 +362,64 @@ def parse_config(written: Mapping[str, Any], where: str = "merge configuration")
     try:
         return MergeConfig.model_validate(written)
     except ValidationError as error:
-        problems = []
-        for detail in error.errors():
-            key = ".".join(str(part) for part in detail["loc"])
-            message = detail["msg"].removeprefix("Value error, ")
-            problems.append(f"{key}: {message}" if key else message)
-        raise ValueError(f"{where}: " + "; ".join(problems)) from None
+        raise ValueError(f"{where}: " + "; ".join(_problems(error, MergeConfig))) from None
 
 
-def resolve_model_path(model: str, folder: Path | None) -> Path:
-    """The folder that a model's path means, by the rule in this file's first lines.
+_SECTIONS: dict[str, type[_Section]] = {
+    "models": InputModel,
+    "slices": OutputSlice,
+    "sources": InputSlice,
+    "modules": Module,
+    "tokenizer": TokenizerRule,
+    "tokens": TokenRule,
+}
+
+
+def _problems(error: ValidationError, section: type[_Section]) -> list[str]:
+    """Every mistake with its key's path; `section` is what was read."""
+    found = []
+    for detail in error.errors():
+        path, message = list(detail["loc"]), detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            *path, key = path
+            within = next((_SECTIONS[part] for part in reversed(path) if part in _SECTIONS), section)
+            message = f"unknown key {key!r}{nearest(str(key), within.model_fields)}"
+        where = ".".join(map(str, path))
+        found.append(f"{where}: {message}" if where else message)
+    return found
+
+
+def resolve_model(model: str, folder: Path | None) -> tuple[Path, Path | None]:
+    """The folders of a model and of its adapter, as `resolve_model_path` finds them.
 
     Args:
-        model: the path as written.
+        model: as written: a path, or `model+adapter`. A folder whose own name has a plus is taken as it is.
         folder: where the YAML file lies; None for a configuration that did not come from a file.
 
     Raises:
         FileNotFoundError: naming every place that was looked at.
     """
-    path = Path(model).expanduser()
+    if "+" not in model or _find_folder(model, folder)[0] is not None:
+        return resolve_model_path(model, folder), None
+    path, adapter = model.rsplit("+", 1)
+    return resolve_model_path(path, folder), resolve_model_path(adapter, folder, "adapter")
+
+
+def resolve_model_path(path: str, folder: Path | None, what: str = "model") -> Path:
+    """The folder that a path means, by the rule in this file's first lines.
+
+    Raises:
+        FileNotFoundError: naming every place that was looked at.
+    """
+    found, candidates = _find_folder(path, folder)
+    if found is None:
+        looked_at = ", ".join(map(str, candidates))
+        raise FileNotFoundError(f"{what} {path!r}: no such folder (looked at {looked_at}); nothing is downloaded")
+    return found
+
+
+def _find_folder(written: str, folder: Path | None) -> tuple[Path | None, list[Path]]:
+    path = Path(written).expanduser()
     roots = [root for root in (folder, Path.cwd()) if root is not None]
     candidates = [path] if path.is_absolute() else list(dict.fromkeys((root / path).resolve() for root in roots))
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate.resolve()
-    hint = "; adapters ('model+adapter') are not supported yet" if "+" in model else ""
-    looked_at = ", ".join(map(str, candidates))
-    raise FileNotFoundError(f"model {model!r}: no such folder (looked at {looked_at}); models are not downloaded{hint}")
+    return next((candidate.resolve() for candidate in candidates if candidate.is_dir()), None), candidates

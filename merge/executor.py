@@ -1,8 +1,10 @@
-"""Carrying out a merge: tensors stream from the inputs through a method into a new model folder, chunk by chunk.
+"""Carrying out merges: tensors stream from the inputs through a method into new model folders.
 
-Memory is workers x (inputs + a few) x chunk, whatever the size of the models; the result depends on neither chunk size,
-number of workers nor device. A model is published by one rename, so a killed merge leaves no output. Touches the input
-folders (reading) and the output folder.
+Tensors are merged side by side by a few threads (stream.py); memory is threads x (inputs + a few) x piece, whatever
+the size of the models. The same threads hash the input files, a little behind the reading, so that every byte comes
+from the disk once; another one makes what is written durable while the merge goes on. Several merges of the same models
+(a sweep) share one reading. A merge that was interrupted is gone on with by the same command (journal.py): finished
+tensors are checked against their hashes, not made again. An output is published by one rename.
 
 Numerics: inputs are read in the dtype of their files, all arithmetic is float32, and the result is rounded once, to
 `out_dtype`, else `dtype`, else the dtype of the donor's tensor. mergekit instead casts inputs and weights to `dtype`
@@ -11,32 +13,48 @@ when it loads them and computes in it, which under `dtype: bfloat16` rounds seve
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
-import math
+import os
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from itertools import combinations
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..data.files import MANIFEST, atomic_folder, atomic_write, check_absent, hash_inputs, read_manifest
-from ..engine.safetensors_io import SafetensorsFolder, SafetensorsWriter
-from ..engine.weights import carried_files, write_model_manifest
+from ..data.files import atomic_write, check_absent, hash_inputs, sha256_json, versions
+from ..engine.safetensors_io import SafetensorsWriter
 from .config import parse_config, read_yaml
+from .journal import Journal, journaled_folder, reserved_bytes
+from .manifest import tensor_record, write_records
 from .method_table import METHODS
-from .methods import PARALLEL_COSINE, ROW, partial_sums
 from .plan import MergePlan, TensorPlan, plan_merge
-from .tensor_merge import Subject, Sums, TensorMerge
+from .stream import Equal, Input, Merged, Target, merge_tensor
+from .tensor_merge import ROW, Subject, Sums, TensorMerge
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-MAX_WORKERS = 8
+MAX_WORKERS = {"cpu": 16, "cuda": 4}
+SYNC_BYTES = 256 << 20  # written between two rounds of making it durable
+HASH_BYTES = 1 << 20
+MODE = "exact"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One merge to carry out: the plan, the folder to create, the configuration as written and the files it is from."""
+
+    plan: MergePlan
+    out: Path
+    config: Mapping[str, Any]
+    files: tuple[Path, ...] = ()
 
 
 def merge(
@@ -44,303 +62,468 @@ def merge(
     out: str | Path,
     device: str = "cpu",
     *,
+    allow_not_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     chunk_elements: int | None = None,
     workers: int | None = None,
     log: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Merge models as a mergekit YAML says and publish the result as a Hugging Face folder with a manifest.
+    """Merge models as a mergekit YAML says and publish the result as a Hugging Face folder with `merge.json`.
 
     Args:
         config: path of the YAML; or its content as a mapping, whose relative paths count from the current folder.
         out: folder to create; it must not exist or be empty.
         device: where the arithmetic runs: cpu, cuda or cuda:N.
+        allow_not_finite: NaN and infinity in an input pass through, and the record says where, instead of an error.
         max_shard_bytes: size at which a further weight file is begun.
         chunk_elements: elements of a tensor held at once, rounded up to a multiple of 4096.
-        workers: tensors merged at the same time; default: torch's number of threads, at most 8.
+        workers: threads; default: the cores there are, at most 16; on a GPU 4.
         log: called with lines for a person: donors, notes and warnings, before the work and after it.
         progress: called with (bytes of output done, bytes in all).
 
     Returns:
-        The manifest: configuration, hashes of inputs, and for every output tensor its sha256, resolved parameters and
-        figures (norms, relative norms of task vectors, cosines); `figures.layers` has the same figures by layer.
+        The content of `merge.json`: configuration, seed, mode, donors, licences, hashes of inputs, time and memory, and
+        for every output tensor its sha256, resolved parameters and figures (norms, relative norms of task vectors,
+        cosines); `figures.layers` has the same figures by layer.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError: before anything is written, for everything that headers tell.
-        ValueError: naming model and tensor, for NaN or infinite inputs, or a result that `dtype` cannot hold.
-        OSError: the disk is full.
+        ValueError: naming file and tensor, for NaN or infinite inputs, or a result that `dtype` cannot hold.
+        OSError: too little space, found before the merge begins as far as the system can say.
+    """
+    output = _output(config, Path(out))
+    return execute(
+        [output],
+        device,
+        allow_not_finite=allow_not_finite,
+        max_shard_bytes=max_shard_bytes,
+        chunk_elements=chunk_elements,
+        workers=workers,
+        log=log,
+        progress=progress,
+    )[0]
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any], out: str | Path, key: str, values: Sequence[Any], **options: Any
+) -> list[dict[str, Any]]:
+    """Merge the same models once for each value of one key, from one reading of the inputs.
+
+    Args:
+        config: as for `merge`.
+        out: folder in which the outputs are created, one for each value: `lambda=0.5`.
+        key: place in the configuration, with dots: `parameters.lambda`, `models.1.parameters.weight`; a parameter of
+            the whole merge needs no more than its name.
+        values: what the key is set to.
+        options: as for `merge`.
+    """
+    written, files, folder = _read(config)
+    path = key.split(".") if "." in key else ["parameters", key]
+    outputs = []
+    for value in values:
+        changed = _with_value(written, path, value)
+        place = Path(out) / f"{path[-1]}={value}"
+        plan = plan_merge(parse_config(changed, f"{key}={value}"), folder, out=place)
+        outputs.append(Output(plan, place, changed, files))
+    if len({output.out for output in outputs}) < len(outputs):
+        raise ValueError(f"{key}: a value is given twice: {', '.join(map(str, values))}")
+    return execute(outputs, **options)
+
+
+def _output(config: str | Path | Mapping[str, Any], out: Path) -> Output:
+    written, files, folder = _read(config)
+    where = str(files[0]) if files else "merge configuration"
+    return Output(plan_merge(parse_config(written, where), folder, out=out), out, written, files)
+
+
+def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Path, ...], Path | None]:
+    """The configuration as written, its file if it is from one, and the folder that paths count from."""
+    if isinstance(config, Mapping):
+        return dict(config), (), None
+    return read_yaml(config), (Path(config),), Path(config).resolve().parent
+
+
+def _with_value(written: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of a configuration in which one place holds another value."""
+    changed = copy.deepcopy(dict(written))
+    place: Any = changed
+    for depth, step in enumerate(path):
+        here = ".".join(path[: depth + 1])
+        if isinstance(place, list) and not (step.isdigit() and int(step) < len(place)):
+            raise ValueError(f"{here}: expected a number below {len(place)}, found {step!r}")
+        if not isinstance(place, dict | list):
+            raise ValueError(f"{here}: there is no such place in the configuration")
+        at: Any = int(step) if isinstance(place, list) else step
+        if depth == len(path) - 1:
+            place[at] = value
+        else:
+            place = place[at] if isinstance(place, list) else place.setdefault(at, {})
+    return changed
+
+
+@dataclass
+class _Work:
+    """An output while it is made. `records` and `sums` fill up with its finished tensors."""
+
+    output: Output
+    journal: Journal
+    writer: SafetensorsWriter
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+    taken_over: int = 0
+
+    def finish(self, tensor: TensorPlan, inputs: Sequence[Input], merged: Merged) -> None:
+        record = tensor_record(tensor, merged.sha256, [source.model for source in inputs], merged.sums)
+        record |= merged.figures
+        if merged.not_finite:
+            record["not_finite"] = merged.not_finite
+        sums = [[*pair, value] for pair, value in merged.sums.items()]
+        self.journal.add(tensor.name, {"record": record, "sums": sums})
+        self._done(tensor.name, record, merged.sums)
+
+    def take_over(self, tensor: TensorPlan, chunk: int) -> bool:
+        """Whether an earlier process finished the tensor, and it still has the hash that it had."""
+        entry = self.journal.finished.get(tensor.name)
+        if entry is None:
+            return False
+        digest, buffer = hashlib.sha256(), torch.empty(min(chunk, tensor.numel), dtype=tensor.dtype)
+        for lo in range(0, tensor.numel, chunk):
+            values = self.writer.read_into(tensor.name, lo, buffer[: min(chunk, tensor.numel - lo)])
+            digest.update(values.view(torch.uint8).numpy().data)
+        if digest.hexdigest() != entry["record"]["sha256"]:
+            return False
+        self.writer.adopt(tensor.name)
+        self._done(tensor.name, entry["record"], {(i, j): value for i, j, value in entry["sums"]})
+        self.taken_over += 1
+        return True
+
+    def _done(self, name: str, record: dict[str, Any], sums: Sums) -> None:
+        self.records[name], self.sums[name] = record, sums
+
+
+def execute(
+    outputs: Sequence[Output],
+    device: str = "cpu",
+    *,
+    allow_not_finite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    chunk_elements: int | None = None,
+    workers: int | None = None,
+    log: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Carry out merges that are planned, as `merge` does one: what they read from the same tensors is read once.
+
+    Returns and raises as `merge`, with one `merge.json` for each output. Outputs are published when all are finished.
     """
     log = log or (lambda line: None)
     started = time.monotonic()
     where = _device(device)
-    check_absent(out)
-    if isinstance(config, Mapping):
-        written, folder, sources = dict(config), None, []
-        plan = plan_merge(parse_config(written))
-    else:
-        written, folder, sources = read_yaml(config), Path(config).resolve().parent, [Path(config)]
-        plan = plan_merge(parse_config(written, str(config)), folder)
-    for line in plan.summary():
-        log(line)
-
+    for output in outputs:
+        check_absent(output.out)
+        for line in output.plan.summary():
+            log(line)
+    _check_space(outputs)
     chunk = -(-(chunk_elements or CHUNK_ELEMENTS[where.type]) // ROW) * ROW
-    workers = workers or min(MAX_WORKERS, torch.get_num_threads())
-    sources += [file for model in plan.models for file in _identity(model)]
-    with atomic_folder(out) as building, _hashing(sources) as input_hashes:
+    workers = workers or min(MAX_WORKERS[where.type], _cores())
+    weights, others = _input_files(outputs)
+    before = {file: _stamp(file) for file in (*weights, *others)}
+
+    with ExitStack() as stack:
+        works = [stack.enter_context(_begun(output, before, max_shard_bytes, log)) for output in outputs]
+        stack.enter_context(_torch_threads(1))
+        hashes = stack.enter_context(_TrailingHashes(weights))
+        run = _Run(works, where, chunk, workers, allow_not_finite, hashes, progress)
+        with _syncing([work.writer for work in works]):
+            run.all()
+        if changed := [str(file) for file, stamp in before.items() if _stamp(file) != stamp]:
+            raise ValueError(f"{', '.join(changed)}: changed during the merge")
+        inputs = {str(file): hashes.of(file) for file in weights} | hash_inputs(others)
+        results = []
+        for work in works:
+            if work.journal.finished and work.taken_over:
+                log(f"{work.output.out}: {work.taken_over} tensors were finished by an earlier run")
+            about = {"seed": work.output.plan.config.random_seed, "mode": MODE, "taken_over": work.taken_over}
+            about |= {"execution": {"device": str(where), "threads": workers, "chunk_elements": chunk}}
+            result = _complete(work, inputs, time.monotonic() - started, about)
+            for line in result["warnings"][len(work.output.plan.warnings) :]:
+                log(f"warning: {line}")
+            results.append(result)
+    return results
+
+
+@contextmanager
+def _begun(
+    output: Output, stamps: Mapping[Path, Any], max_shard_bytes: int, log: Callable[[str], None]
+) -> Iterator[_Work]:
+    """An output's folder with its weight files, new or as an interrupted process left it; published at the end."""
+    plan = output.plan
+    identity = {"merge": sha256_json([
+        plan.config_json,
+        [
+            [tensor.name, str(tensor.dtype), tensor.shape, tensor.operation, tensor.parameters, tensor.base]
+            + [[source.model, source.name] for source in tensor.sources]
+            for tensor in plan.tensors
+        ],
+        {str(file): stamp for file, stamp in stamps.items() if file not in output.files},
+        plan.model_labels,
+        [str(file) for _, file in plan.carried],
+        [plan.config.random_seed, plan.model_names, MODE, max_shard_bytes, versions()],
+    ])}  # fmt: skip
+    with journaled_folder(output.out, identity) as journal:
+        if journal.dropped:
+            log(f"{output.out}: the beginning of another merge lay there and was removed")
         specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
-        with SafetensorsWriter(building, specs, max_shard_bytes) as writer:
-            records = _merge_all(plan, writer, where, chunk, workers, progress)
-        atomic_write(building / "config.json", json.dumps(plan.config_json, indent=2, ensure_ascii=False) + "\n")
-        for donor, file in plan.carried:
-            target = building / file.relative_to(donor)
-            target.parent.mkdir(exist_ok=True)
-            copyfile(file, target)
-        straight = _straight_lines(plan, records)
-        write_model_manifest(
-            building,
-            "merged model",
-            inputs={path: entry for job in input_hashes for path, entry in job.result().items()},
-            config=written,
-            figures={
-                "seconds": round(time.monotonic() - started, 3),
-                "values": sum(tensor.numel for tensor in plan.tensors),
-                "layers": _layer_figures(plan, records),
-            },
-            models=[str(model.path) for model in plan.models],
-            donors={"config": str(plan.config_donor), "tokenizer": str(plan.tokenizer_donor)},
-            notes=list(plan.notes),
-            warnings=[*plan.warnings, *straight],
-            tensors={name: record for name, (record, _) in records.items()},
-        )
-    for line in straight:
-        log(f"warning: {line}")
-    return read_manifest(out)
+        with SafetensorsWriter(journal.folder, specs, max_shard_bytes, resume=True) as writer:
+            yield _Work(output, journal, writer)
 
 
-def _merge_all(
-    plan: MergePlan,
-    writer: SafetensorsWriter,
-    device: torch.device,
-    chunk: int,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, tuple[dict[str, Any], Sums]]:
-    """Every tensor through a pool of threads; {name: (its manifest entry, its dot products)} in the plan's order."""
-    total = sum(tensor.numel * tensor.dtype.itemsize for tensor in plan.tensors)
-    done = 0
-    found = {}
-    with _torch_threads(1), ThreadPoolExecutor(workers, "steep-merge") as pool:
-        try:
-            jobs = {pool.submit(_merge_tensor, plan, tensor, writer, device, chunk): tensor for tensor in plan.tensors}
-            for job in as_completed(jobs):
-                tensor = jobs[job]
-                found[tensor.name] = job.result()
-                done += tensor.numel * tensor.dtype.itemsize
-                if progress:
-                    progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {tensor.name: found[tensor.name] for tensor in plan.tensors}
-
-
-def _merge_tensor(
-    plan: MergePlan, tensor: TensorPlan, writer: SafetensorsWriter, device: torch.device, chunk: int
-) -> tuple[dict[str, Any], Sums]:
-    """Look at the whole tensor as often as its method needs, then merge, round, hash and write it chunk by chunk."""
-    if tensor.operation == "equal":
-        method: TensorMerge = _Equal(_subject(plan, tensor, device))
-    else:
-        method = METHODS[tensor.operation].carry_out(_subject(plan, tensor, device))
-    reader = _Reader(plan, tensor, method, device, chunk)
-    known: Sums = {}
-    for number in range(method.looks):
-        parts: dict[tuple[int, int], list[float]] = {pair: [] for pair in reader.pairs}
-        for lo, vectors in reader:
-            if not number:
-                reader.add_products(vectors, parts)
-            method.look(number, lo, vectors)
-        known = known or {pair: math.fsum(values) for pair, values in parts.items()}
-        method.end_look(number, known)
-
-    parts = {pair: [] for pair in reader.pairs}
-    digest = hashlib.sha256()
-    for lo, vectors in reader:
-        if not known:
-            reader.add_products(vectors, parts)
-        merged = method.merge(lo, vectors)
-        rounded = merged.to(tensor.dtype).cpu()
-        if tensor.dtype.is_floating_point and not _all_finite(rounded):
-            raise ValueError(f"{tensor.name}: the result has values that {tensor.dtype} cannot hold")
-        digest.update(rounded.view(torch.uint8).numpy().data)
-        writer.write_range(tensor.name, lo, rounded)
-
-    known = known or {pair: math.fsum(values) for pair, values in parts.items()}
-    record = {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "sha256": digest.hexdigest(),
-        "models": reader.models,
-        "parameters": tensor.parameters,
-        **_figures(tensor.operation, known, reader.models),
-        **method.figures(),
-    }
-    return record, known
-
-
-def _subject(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> Subject:
-    models = tuple(
-        str(plan.models[source.model].path) for position, source in enumerate(tensor.sources) if position != tensor.base
+def _complete(work: _Work, inputs: Mapping[str, Any], seconds: float, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write all that lies beside the weights."""
+    plan, folder = work.output.plan, work.journal.folder
+    work.writer.close()
+    atomic_write(folder / "config.json", json.dumps(plan.config_json, indent=2, ensure_ascii=False) + "\n")
+    for name, text in plan.written.items():
+        atomic_write(folder / name, text)
+    for donor, file in plan.carried:
+        target = folder / file.relative_to(donor)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    names = [tensor.name for tensor in plan.tensors]
+    return write_records(
+        folder,
+        plan,
+        {name: work.records[name] for name in names},
+        work.sums,
+        [file.name for file in work.writer.files],
+        inputs=inputs,
+        config=work.output.config,
+        seconds=seconds,
+        **about,
     )
-    return Subject(tensor.name, tensor.shape, tensor.parameters, models, 0, device)
 
 
-class _Equal(TensorMerge):
-    """An integer tensor, copied if all inputs agree."""
-
-    def pairs(self, count: int) -> list[tuple[int, int]]:
-        return []
-
-    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
-        for other in vectors[1:]:
-            if not torch.equal(vectors[0], other):
-                raise ValueError(
-                    f"{self.subject.name}: integer tensor that differs between the models cannot be merged"
-                )
-        return vectors[0]
-
-
-class _Reader:
-    """Chunks of one output tensor's inputs, on the device, in the order of the tensor; can be gone through repeatedly.
-
-    Iteration yields (first flat element, vectors as the method wants them); integers stay as they are. `pairs` are the
-    vectors whose dot products are gathered. A tensor of one chunk is read once.
-    """
+class _Run:
+    """The tensors of all outputs through a pool of threads."""
 
     def __init__(
-        self, plan: MergePlan, tensor: TensorPlan, method: TensorMerge, device: torch.device, chunk: int
+        self,
+        works: Sequence[_Work],
+        device: torch.device,
+        chunk: int,
+        workers: int,
+        allow_not_finite: bool,
+        hashes: _TrailingHashes,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.tensor, self.device, self.vectors = tensor, device, method.vectors
-        self.chunk = _piece(tensor, method.pieces, chunk)
+        self.works, self.device, self.chunk, self.workers = works, device, chunk, workers
+        self.allow_not_finite, self.hashes, self.progress = allow_not_finite, hashes, progress
+        self.done = 0
+        self.total = sum(_bytes(tensor) for work in works for tensor in work.output.plan.tensors)
+
+    def all(self) -> None:
+        """Take over what is finished, merge the rest, hash what is left of the inputs."""
+        with ThreadPoolExecutor(self.workers, "steep-merge") as pool:
+            try:
+                pairs = [(work, tensor) for work in self.works for tensor in work.output.plan.tensors]
+                finished = list(pool.map(lambda pair: pair[0].take_over(pair[1], self.chunk), pairs))
+                self._report(sum(_bytes(tensor) for (_, tensor), yes in zip(pairs, finished) if yes))
+                jobs = {pool.submit(self._merge, group): group for group in self._groups()}
+                for job in as_completed(jobs):
+                    job.result()
+                    self._report(sum(_bytes(tensor) for _, tensor in jobs[job]))
+                for _ in pool.map(self.hashes.finish, self.hashes.files):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _report(self, more: int) -> None:
+        self.done += more
+        if self.progress and more:
+            self.progress(self.done, self.total)
+
+    def _groups(self) -> list[list[tuple[_Work, TensorPlan]]]:
+        """What is to be made from the same inputs, together; in the order of the files, but giants first, lest one is
+        left over at the end for a single thread."""
+        groups: dict[Any, list[tuple[_Work, TensorPlan]]] = {}
+        for work in self.works:
+            for tensor in work.output.plan.tensors:
+                if tensor.name not in work.records:
+                    sources = tuple(
+                        (work.output.plan.model_labels[source.model], source.name) for source in tensor.sources
+                    )
+                    rows = tensor.sources[0].rows  # arranged vocabularies are an output's own
+                    groups.setdefault((tensor.name, sources, tensor.base, id(rows)), []).append((work, tensor))
+        left = sum(_bytes(tensor) for group in groups.values() for _, tensor in group)
+        giant = left / (4 * self.workers)
+        return sorted(groups.values(), key=lambda group: sum(_bytes(tensor) for _, tensor in group) < giant)
+
+    def _merge(self, group: Sequence[tuple[_Work, TensorPlan]]) -> None:
+        work, tensor = group[0]
         order = sorted(range(len(tensor.sources)), key=lambda position: position != tensor.base)  # the base goes first
-        self.models = [tensor.sources[position].model for position in order]
-        self._inputs: list[tuple[SafetensorsFolder, str]] = []
-        self._buffers = []
-        for position in order:
-            folder, name = plan.models[tensor.sources[position].model], tensor.sources[position].name
-            self._inputs.append((folder, name))
-            self._buffers.append(torch.empty(min(self.chunk, tensor.numel), dtype=folder.dtype(name)))
-        self._only_chunk: list[Tensor] | None = None
-        self.pairs = method.pairs(len(order))
+        sources = [tensor.sources[position] for position in order]
+        models = work.output.plan.models
+        inputs = [Input(models[source.model], source.name, source.model) for source in sources]
+        alike: dict[tuple[str, str], list[tuple[_Work, Target]]] = {}
+        for work, tensor in group:
+            target = self._target(work, tensor)
+            alike.setdefault((target.method.vectors, target.method.pieces), []).append((work, target))
+        for members in alike.values():
+            targets = [target for _, target in members]
+            found = merge_tensor(inputs, targets, self.device, self.chunk, self.allow_not_finite)
+            for (work, target), merged in zip(members, found):
+                work.finish(target.tensor, inputs, merged)
+        for source in inputs:
+            self.hashes.advance(source.folder.file_of(source.name), *source.folder.span(source.name))
 
-    def __iter__(self) -> Iterator[tuple[int, list[Tensor]]]:
-        if self.tensor.numel <= self.chunk:
-            self._only_chunk = self._only_chunk or self._load(0)
-            yield 0, self._only_chunk
-            return
-        for lo in range(0, self.tensor.numel, self.chunk):
-            yield lo, self._load(lo)
-
-    def _load(self, lo: int) -> list[Tensor]:
-        count = min(self.chunk, self.tensor.numel - lo)
-        raw = [
-            folder.read_into(name, lo, buffer[:count]).to(self.device)
-            for (folder, name), buffer in zip(self._inputs, self._buffers)
-        ]
-        if self.tensor.operation == "equal":
-            return raw
-        values = [x.to(torch.float32) for x in raw]
-        if self.vectors == "models":
-            return values
-        deltas = [x - values[0] for x in values[1:]]
-        return [values[0], *deltas] if self.vectors == "deltas" else [*values, *deltas]
-
-    def add_products(self, vectors: Sequence[Tensor], sums: dict[tuple[int, int], list[float]]) -> None:
-        """Append the partial dot products of one chunk. A square that is not finite uncovers NaN or infinity."""
-        for i, j in self.pairs:
-            parts = partial_sums(vectors[i], vectors[j]).tolist()
-            if i == j and not all(map(math.isfinite, parts)):
-                self._refuse_not_finite()
-            sums[i, j] += parts
-
-    def _refuse_not_finite(self) -> None:
-        """Name the input, unless the square has only overflowed. The buffers still hold the chunk."""
-        for (folder, name), buffer in zip(self._inputs, self._buffers):
-            if not _all_finite(buffer):
-                raise ValueError(f"{folder.file_of(name)}: {name} holds NaN or infinite values")
+    def _target(self, work: _Work, tensor: TensorPlan) -> Target:
+        plan = work.output.plan
+        subject = Subject(
+            name=tensor.name,
+            shape=tensor.shape,
+            parameters=tensor.parameters,
+            models=tuple(
+                plan.model_names[source.model]
+                for position, source in enumerate(tensor.sources)
+                if position != tensor.base
+            ),
+            seed=plan.config.random_seed,
+            device=self.device,
+            based=tensor.base is not None,
+        )
+        method: TensorMerge = (
+            Equal(subject) if tensor.operation == "equal" else METHODS[tensor.operation].carry_out(subject)
+        )
+        return Target(tensor, method, lambda lo, values: work.writer.write_range(tensor.name, lo, values))
 
 
-def _piece(tensor: TensorPlan, pieces: str, chunk: int) -> int:
-    """Elements read at once: a multiple of ROW, whole rows, or everything, as the method needs."""
-    if pieces == "any":
-        return chunk
-    row = tensor.shape[-1] if tensor.shape else 1
-    return max(tensor.numel if pieces == "whole" else -(-chunk // max(row, 1)) * row, 1)
+class _TrailingHashes:
+    """SHA-256 of safetensors files that others read: it follows them closely, so that the bytes are still in memory."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self._states = {file: _HashState(file) for file in files}
+
+    def advance(self, file: Path, begin: int, end: int) -> None:
+        """The bytes of a tensor have been read: hash on through all that follows without a gap."""
+        if file in self._states:  # else its model is known by a manifest
+            self._states[file].advance(begin, end)
+
+    def finish(self, file: Path) -> None:
+        """Hash what is left."""
+        with self._states[file].hashing:
+            self._states[file].read(None)
+
+    def of(self, file: Path) -> dict[str, Any]:
+        """As `hash_inputs` gives it, after `finish`."""
+        state = self._states[file]
+        return {"sha256": state.digest.hexdigest(), "bytes": state.position}
+
+    def __enter__(self) -> _TrailingHashes:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for state in self._states.values():
+            os.close(state.descriptor)
 
 
-def _all_finite(x: Tensor) -> bool:
-    """aminmax passes NaN on and is many times faster than isfinite on a CPU."""
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(x.to(torch.float32))) if x.numel() else True
+class _HashState:
+    def __init__(self, file: Path) -> None:
+        self.descriptor = os.open(file, os.O_RDONLY)
+        self.digest, self.position = hashlib.sha256(), 0
+        self.hashing, self._lock = threading.Lock(), threading.Lock()
+        self._ready = 8 + int.from_bytes(os.pread(self.descriptor, 8, 0), "little")  # the header
+        self._beyond: dict[int, int] = {}  # where tensors begin and end that were read ahead of a gap
+
+    def advance(self, begin: int, end: int) -> None:
+        with self._lock:
+            if end > begin:
+                self._beyond[begin] = end
+            while self._ready in self._beyond:
+                self._ready = self._beyond.pop(self._ready)
+        if self.hashing.acquire(blocking=False):  # who comes while another hashes goes on with his work
+            try:
+                self.read(self._ready)
+            finally:
+                self.hashing.release()
+
+    def read(self, end: int | None) -> None:
+        buffer = memoryview(bytearray(HASH_BYTES))
+        while end is None or self.position < end:
+            wanted = HASH_BYTES if end is None else min(HASH_BYTES, end - self.position)
+            count = os.preadv(self.descriptor, [buffer[:wanted]], self.position)
+            if count == 0:
+                return
+            self.digest.update(buffer[:count])
+            self.position += count
 
 
-def _figures(operation: str, sums: Mapping[tuple[int, int], float], models: Sequence[int]) -> dict[str, Any]:
-    """Norms and cosines from the dot products of one tensor, or from their sums over several; `models` are the numbers
-    of the models that the vectors stand for."""
+@contextmanager
+def _syncing(writers: Sequence[SafetensorsWriter]) -> Iterator[None]:
+    """Make what is written durable from time to time, beside the merge, so that little is left to do at its end."""
+    over = threading.Event()
+    failures: list[OSError] = []
 
-    def norm(i: int) -> float:
-        return math.sqrt(sums[i, i])
+    def sync() -> None:
+        synced = 0
+        while not over.wait(0.1):
+            written = sum(writer.bytes_written for writer in writers)
+            if written - synced >= SYNC_BYTES:
+                synced = written
+                try:
+                    for writer in writers:
+                        writer.sync()
+                except OSError as error:
+                    failures.append(error)
+                    return
 
-    def ratio(above: float, below: float) -> float | None:
-        return above / below if below and math.isfinite(above / below) else None
-
-    if not sums:
-        return {}
-    if (vectors := METHODS[operation].carry_out.vectors) == "models":
-        return {"norms": [norm(i) for i, _ in sums]}
-    first = 1 if vectors == "deltas" else len(models)
-    deltas = range(first, first + len(models) - 1)
-    figures: dict[str, Any] = {
-        "base_norm": norm(0),
-        "relative_deltas": [ratio(norm(i), norm(0)) for i in deltas],
-        "delta_cosines": [
-            {"models": [models[i - first + 1], models[j - first + 1]], "cosine": ratio(sums[i, j], norm(i) * norm(j))}
-            for i, j in combinations(deltas, 2)
-        ],
-    }
-    if vectors == "both":
-        figures["cosines"] = [ratio(sums[0, i], norm(0) * norm(i)) for i in range(1, len(models))]
-    return figures
-
-
-def _layer_figures(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any], Sums]]) -> list[dict[str, Any]]:
-    """The figures of all tensors of a layer taken as one vector; `layer` None is what lies outside the layers.
-
-    Tensors that came from different models (slices with different sources) are kept apart.
-    """
-    groups: dict[tuple[int | None, tuple[int, ...]], Sums] = {}
-    for tensor in plan.tensors:
-        record, sums = records[tensor.name]
-        if tensor.operation == "equal":
-            continue
-        group = groups.setdefault((tensor.layer, tuple(record["models"])), dict.fromkeys(sums, 0.0))
-        for pair, value in sums.items():
-            group[pair] += value
-    ordered = sorted(groups.items(), key=lambda item: -1 if item[0][0] is None else item[0][0])
-    return [
-        {"layer": layer, "models": list(models), **_figures(plan.config.merge_method, sums, models)}
-        for (layer, models), sums in ordered
-    ]
+    thread = threading.Thread(target=sync, name="steep-sync")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
-def _straight_lines(plan: MergePlan, records: Mapping[str, tuple[dict[str, Any], Sums]]) -> list[str]:
-    if plan.config.merge_method != "slerp":
-        return []
-    cosines = [cosine for record, _ in records.values() for cosine in record.get("cosines", ()) if cosine is not None]
-    parallel = sum(abs(cosine) > PARALLEL_COSINE for cosine in cosines)
-    if not parallel:
-        return []
-    return [f"slerp: {parallel} of {len(cosines)} tensors have |cosine| over {PARALLEL_COSINE}: interpolated on a line"]
+def _check_space(outputs: Sequence[Output]) -> None:
+    """Refuse to begin what will not fit, as far as the system says."""
+    needed: dict[int, int] = {}
+    free: dict[int, int] = {}
+    for output in outputs:
+        parent = next(path for path in output.out.resolve().parents if path.exists())
+        volume = parent.stat().st_dev
+        size = sum(_bytes(tensor) for tensor in output.plan.tensors)
+        needed[volume] = needed.get(volume, 0) + size - reserved_bytes(output.out)
+        free[volume] = shutil.disk_usage(parent).free
+        if needed[volume] > free[volume]:
+            text = f"{needed[volume] / 1e9:.2f} GB are needed, {free[volume] / 1e9:.2f} GB are free"
+            raise OSError(errno.ENOSPC, text, str(output.out))
+
+
+def _input_files(outputs: Sequence[Output]) -> tuple[list[Path], list[Path]]:
+    """The files whose hashes say what went in: weight files, and small ones."""
+    files: dict[Path, None] = dict.fromkeys(file for output in outputs for file in output.files)
+    files |= dict.fromkeys(file for output in outputs for file in output.plan.input_files)
+    read = {file for output in outputs for model in output.plan.models for file in model.files}
+    return [file for file in files if file in read], [file for file in files if file not in read]
+
+
+def _stamp(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _bytes(tensor: TensorPlan) -> int:
+    return tensor.numel * tensor.dtype.itemsize
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(name: str) -> torch.device:
@@ -349,22 +532,6 @@ def _device(name: str) -> torch.device:
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r}, but torch finds no CUDA device here")
     return torch.device(name)
-
-
-def _identity(model: SafetensorsFolder) -> list[Path]:
-    """The files whose hashes say which model it was: its manifest if it has one, else weights and what goes along."""
-    manifest = model.path / MANIFEST
-    return [manifest] if manifest.is_file() else [*model.files, *carried_files(model.path)]
-
-
-@contextmanager
-def _hashing(files: Sequence[Path]) -> Iterator[list[Future[dict[str, Any]]]]:
-    """Hash files in one thread beside the merge; it reads ahead, so they come from the disk once if memory allows."""
-    pool = ThreadPoolExecutor(1, "steep-hash")
-    try:
-        yield [pool.submit(hash_inputs, [file]) for file in files]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""Merge methods as pure functions on tensors: float32 in, float32 out, each readable as its paper's formula.
+"""Element-wise merge methods, and the sums that all methods share: float32 in, float32 out.
 
-Each function on whole tensors comes with the class that carries it out on a tensor seen in pieces (tensor_merge.py),
-made of the same parts. Every arithmetic step is one IEEE operation on each element, or a sum with a fixed tree, so a
-tensor merged whole, in pieces, by any number of threads or on another device has the same bits. What needs to see a
-whole tensor first (slerp's angle, the k largest of a task vector) is `partial_sums` with `slerp_weights`, and
-`LargestK`. Touches no files.
+Every method is a pure function on whole tensors, readable as its paper's formula, with a class that carries it out on a
+tensor seen in pieces (tensor_merge.py), made of the same parts. Every arithmetic step is one IEEE operation on each
+element, or a sum with a fixed tree, so a tensor merged whole, in pieces, by any number of threads or on another device
+has the same bits. Others: geometry.py (on spheres), sparsify.py and consensus.py (on thinned task vectors), fusion.py
+(by importance), spectral.py (singular vectors). Touches no files.
 
 B is the base, M_i the models, delta_i = M_i - B the task vectors.
 """
@@ -12,17 +12,16 @@ B is the base, M_i the models, delta_i = M_i - B the task vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tensor_merge import Subject, Sums, TensorMerge
+from .tensor_merge import ROW, TensorMerge
 
-ROW = 4096
-PARALLEL_COSINE = 0.9995
-SMALL_NORM = 1e-8
 SMALL_WEIGHT_SUM = 1e-8
+SMALL_DIFFERENCE = 1e-6
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool = True) -> Tensor:
@@ -33,7 +32,7 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool 
         weights: one number per tensor; under `normalize` their sum must not be zero.
     """
     total = math.fsum(weights) if normalize else 1.0
-    return _weighted_sum(tensors, [weight / total for weight in weights])
+    return weighted_sum(tensors, [weight / total for weight in weights])
 
 
 class Linear(TensorMerge):
@@ -44,53 +43,16 @@ class Linear(TensorMerge):
         return linear(vectors, parameters["weight"], parameters["normalize"])
 
 
-def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Spherical interpolation of two tensors as flat vectors (Shoemake 1985); a at t = 0 and b at t = 1, bit for bit.
-
-    theta is the angle between a and b; the result is (sin((1-t) theta) a + sin(t theta) b) / sin(theta), or the
-    straight line (1-t) a + t b where |cos theta| > 0.9995.
-
-    Args:
-        a, b: float32, of one shape.
-        t: position; outside [0, 1] it extrapolates.
-    """
-    dot, aa, bb = (math.fsum(partial_sums(x, y).tolist()) for x, y in ((a, b), (a, a), (b, b)))
-    weight_a, weight_b, _ = slerp_weights(dot, math.sqrt(aa), math.sqrt(bb), t)
-    return slerp_apply(a, b, weight_a, weight_b)
+def passthrough(tensor: Tensor, scale: float = 1.0) -> Tensor:
+    """scale M; M bit for bit at scale 1."""
+    return weighted_sum([tensor], [scale])
 
 
-def slerp_weights(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float, float]:
-    """What slerp multiplies a and b by, and the cosine between them.
-
-    A norm of at most 1e-8 counts as 1, as in mergekit: the angle of a zero vector is then a right one.
-    """
-    scale = (norm_a if norm_a > SMALL_NORM else 1.0) * (norm_b if norm_b > SMALL_NORM else 1.0)
-    cosine = max(-1.0, min(1.0, dot / scale))
-    if abs(cosine) > PARALLEL_COSINE or t in (0, 1):
-        return 1 - t, t, cosine
-    theta = math.acos(cosine)
-    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta), cosine
-
-
-def slerp_apply(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> Tensor:
-    """weight_a a + weight_b b, element by element: slerp once its weights are known."""
-    return _weighted_sum([a, b], [weight_a, weight_b])
-
-
-class Slerp(TensorMerge):
-    """`slerp` from the base to the other model: one look for the angle."""
-
-    vectors = "both"
-    looks = 1
-
-    def end_look(self, number: int, sums: Sums) -> None:
-        dot, norm_a, norm_b = sums[0, 1], math.sqrt(sums[0, 0]), math.sqrt(sums[1, 1])
-        if not all(map(math.isfinite, (dot, norm_a, norm_b))):
-            raise ValueError(f"{self.subject.name}: values too large for a dot product in float32")
-        self._weights = slerp_weights(dot, norm_a, norm_b, self.subject.parameters["t"])[:2]
+class Passthrough(TensorMerge):
+    """`passthrough`, element by element."""
 
     def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
-        return slerp_apply(vectors[0], vectors[1], *self._weights)
+        return passthrough(vectors[0], *self.subject.parameters["scale"])
 
 
 def task_arithmetic(
@@ -101,14 +63,15 @@ def task_arithmetic(
     With scale 0, or all weights 0, the result is the base bit for bit. A sum of weights under 1e-8 does not divide.
 
     Args:
-        base: B, float32. deltas: delta_i = M_i - B in float32, of the same shape. scale: mergekit's `lambda`.
+        base: B, float32. deltas: delta_i = M_i - B in float32, of the same shape. scale: mergekit's `lambda`; a layer's
+            value of `lines` makes it LiNeS.
     """
     total = math.fsum(weights)
     divisor = total if normalize and abs(total) >= SMALL_WEIGHT_SUM else 1.0
     coefficients = [scale * weight / divisor for weight in weights]
     if not any(coefficients):
         return base
-    return base + _weighted_sum(deltas, coefficients)
+    return base + weighted_sum(deltas, coefficients)
 
 
 class TaskArithmetic(TensorMerge):
@@ -123,172 +86,116 @@ class TaskArithmetic(TensorMerge):
         )
 
 
-def ties(
-    base: Tensor,
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    normalize: bool = True,
-    scale: float = 1.0,
-) -> Tensor:
-    """Trim, elect sign, merge (https://arxiv.org/abs/2306.01708): `trim` of each delta_i, then `ties_consensus`."""
-    trimmed = [trim(delta, density) for delta, density in zip(deltas, densities, strict=True)]
-    return ties_consensus(base, trimmed, weights, normalize, scale)
+def lines(layer: int, layers: int, alpha: float, beta: float) -> float:
+    """LiNeS (https://arxiv.org/abs/2410.17146): alpha + beta (l - 1) / (L - 1), the scale of layer l of L.
 
+    Shallow layers, which are general, keep closer to the base than deep ones. In a YAML it is a gradient on the scale
+    of any method on task vectors, `lambda: [alpha, alpha + beta]`. A gradient gives tensors outside the layers its
+    first value; a filter gives them another: `lambda: [{filter: lm_head, value: 0.8}, {value: [0.2, 0.8]}]`.
 
-def trim(delta: Tensor, density: float) -> Tensor:
-    """The k = max(1, int(density n)) elements of largest magnitude, zeros elsewhere; nothing is kept at density 0.
-
-    Exactly k: among elements of equal magnitude the lowest flat index goes first.
+    Args:
+        layer: l - 1, counted from 0. layers: L; a single one has the scale alpha + beta, as in a gradient.
     """
-    largest = LargestK(delta.numel(), density, delta.device)
-    flat = delta.reshape(-1)
-    for _ in range(largest.passes):
-        largest.count(flat)
-        largest.end_pass()
-    return largest.keep(flat).reshape(delta.shape)
+    return alpha + beta * (layer / (layers - 1) if layers > 1 else 1.0)
 
 
-def ties_consensus(
-    base: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float], normalize: bool = True, scale: float = 1.0
-) -> Tensor:
-    """B + scale sum_i m_i d_i, divided by sum_i m_i w_i if normalize; element by element.
+def chat_vector(base: Tensor, cpt: Tensor, instruct: Tensor, scale: float = 1.0) -> Tensor:
+    """C + scale (I - B): what instruction tuning added to B, added to a model C that went on from B.
 
-    d_i = w_i tau_i for the trimmed task vectors tau_i. The elected sign is that of sum_i d_i, plus where the sum is 0;
-    m_i is 1 where d_i has that sign, so zeros take no part in the divisor. A divisor of 0 does not divide.
+    The chat vector of https://arxiv.org/abs/2310.04799, the instruction residual of https://arxiv.org/abs/2410.10739.
+    In exact arithmetic it is task arithmetic with the weights 1 and scale; here C is not taken apart, so that the
+    result is C bit for bit at scale 0, and equal to C where I equals B.
+
+    Args:
+        base, cpt, instruct: B, C, I, float32, of one shape.
     """
-    if scale == 0:
-        return base
-    weighted = [tau * weight for tau, weight in zip(trimmed, weights, strict=True)]
-    total = weighted[0].clone()
-    for d in weighted[1:]:
-        total += d
-    # Float arithmetic throughout: boolean masks and torch.where are ten times slower on a CPU.
-    elected = torch.copysign(torch.ones_like(total), total + 0.0)  # -0 + 0 is 0, whose sign is plus
-    merged = torch.zeros_like(base)
-    divisor = torch.zeros_like(base)
-    for d, weight in zip(weighted, weights):
-        agreeing = (d * elected).clamp_(min=0)  # m_i |d_i|
-        merged += agreeing
-        divisor += agreeing.sign_() * weight
-    if normalize:
-        divisor += torch.eq(divisor, 0, out=torch.empty_like(divisor))
-        merged /= divisor
-    if scale != 1:
-        merged *= scale
-    return (merged * elected).add_(base)
+    return _add_residual(cpt, instruct - base, scale)
 
 
-class Ties(TensorMerge):
-    """`ties`: the looks find the k largest of every task vector."""
+def _add_residual(cpt: Tensor, residual: Tensor, scale: float) -> Tensor:
+    return cpt + (residual if scale == 1 else residual * scale) if scale else cpt
 
-    vectors = "deltas"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
-        densities = subject.parameters["density"]
-        self._largest = [LargestK(subject.numel, density, subject.device) for density in densities]
-        self.looks = max(largest.passes for largest in self._largest)
+class ChatVector(TensorMerge):
+    """`chat_vector`, element by element: the first of the two models is C, the second I.
 
-    def look(self, number: int, lo: int, vectors: Sequence[Tensor]) -> None:
-        for largest, delta in zip(self._largest, vectors[1:], strict=True):
-            if largest.passes:
-                largest.count(delta)
+    Filters leave out what should stay as C has it: `scale: [{filter: embed_tokens, value: 0}, {filter: lm_head, value:
+    0}, {filter: norm, value: 0}, {value: 1}]`.
+    """
 
-    def end_look(self, number: int, sums: Sums) -> None:
-        for largest in self._largest:
-            if largest.passes:
-                largest.end_pass()
+    vectors = "both"
 
     def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
-        parameters = self.subject.parameters
-        trimmed = [largest.keep(delta) for largest, delta in zip(self._largest, vectors[1:], strict=True)]
-        return ties_consensus(vectors[0], trimmed, parameters["weight"], parameters["normalize"], parameters["lambda"])
+        _, cpt, _, _, residual = vectors
+        return _add_residual(cpt, residual, self.subject.parameters["scale"])
 
 
-class LargestK:
-    """Selects the k largest magnitudes of a tensor seen in chunks, exactly, in a fixed amount of memory.
+def nearswap(base: Tensor, other: Tensor, t: float) -> Tensor:
+    """w M + (1 - w) B with w = min(1, t / max(|M - B|, 1e-6)): where M is within t of B, M; elsewhere t away from B.
 
-    The bits of |x| as a 31-bit integer are in the order of the magnitudes. The first pass over all chunks counts their
-    upper 16 bits, which finds the bin that holds the k-th largest; the second counts the lower 15 bits within that bin,
-    which finds the k-th largest itself and how many elements equal to it belong to the k. Then `keep` is called once on
-    every chunk, in the order of the tensor, because the lowest flat index wins among equals.
-
-    Usage: for each of `passes` passes: `count` every chunk, then `end_pass`; then `keep` every chunk in order.
+    From mergekit (huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001). B bit for bit at t <= 0; M where w = 1.
     """
-
-    COARSE_BINS, FINE_BINS = 1 << 16, 1 << 15
-
-    def __init__(self, numel: int, density: float, device: torch.device | str = "cpu") -> None:
-        """numel: elements of the whole tensor. density in [0, 1]: k = max(1, int(density numel)), 0 at density 0."""
-        self.k = min(numel, max(1, int(density * numel))) if density > 0 else 0
-        self.passes = 2 if 0 < self.k < numel else 0
-        self._above = 0  # elements known to be larger than the current bin
-        self._bin: int | None = None
-        self._counts = torch.zeros(self.COARSE_BINS, dtype=torch.int64, device=device)
-        self._threshold = -1 if self.k else 0x7FFFFFFE  # keep all, or none, when there is nothing to count
-        self._equal_left = 0
-
-    def count(self, x: Tensor) -> None:
-        """One chunk (float32) of the current pass; the order of chunks does not matter."""
-        bits = _magnitude_bits(x)
-        if self._bin is None:
-            self._counts += torch.bincount(bits >> 15, minlength=self.COARSE_BINS)
-        else:  # bin 0 takes all that is smaller than the coarse bin, the last all that is larger
-            lower = (bits - ((self._bin << 15) - 1)).clamp_(0, self.FINE_BINS + 1)
-            self._counts += torch.bincount(lower, minlength=self.FINE_BINS + 2)
-
-    def end_pass(self) -> None:
-        """All chunks have been counted: find the bin in which the k-th largest lies."""
-        counts = self._counts if self._bin is None else self._counts[1:-1]
-        at_least = counts.flip(0).cumsum(0).flip(0) + self._above  # elements in this bin or a higher one
-        found = int((at_least >= self.k).sum()) - 1  # at_least never grows with the bin
-        self._above = int(at_least[found] - counts[found])
-        if self._bin is None:
-            self._bin = found
-            self._counts = self._counts.new_zeros(self.FINE_BINS + 2)
-        else:
-            self._threshold = (self._bin << 15) + found
-            self._equal_left = self.k - self._above
-
-    def keep(self, x: Tensor) -> Tensor:
-        """x where it is one of the k largest, 0 elsewhere. Chunks must come in the order of the tensor."""
-        if self._threshold < 0:
-            return x
-        bits = _magnitude_bits(x)
-        equal = bits == self._threshold if self._equal_left else None
-        kept = x.contiguous().view(torch.int32) & ~((bits - (self._threshold + 1)) >> 31)  # x if larger, else 0
-        kept = kept.view(torch.float32)
-        if equal is not None and (found := int(equal.sum())):
-            if found > self._equal_left:
-                equal &= equal.cumsum(0) <= self._equal_left
-            self._equal_left -= min(found, self._equal_left)
-            kept = torch.where(equal, x, kept)
-        return kept
+    if t <= 0:
+        return base
+    weight = ((other - base).abs_().clamp_(min=SMALL_DIFFERENCE).reciprocal_() * t).clamp_(max=1)
+    return other * weight + base * (1 - weight)
 
 
-def partial_sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of x * y over rows of ROW elements, float32 [ceil(n / ROW)]: the same bits wherever they are computed.
+class Nearswap(TensorMerge):
+    """`nearswap`, element by element."""
 
-    Each row is added up by a fixed binary tree of elementwise additions; a last short row is filled with zeros.
-    `math.fsum` over the rows of all chunks then gives the dot product, rounded once.
+    vectors = "both"
+
+    def merge(self, lo: int, vectors: Sequence[Tensor]) -> Tensor:
+        return nearswap(vectors[0], vectors[1], self.subject.parameters["t"])
+
+
+def check_weight_sum(parameters: Mapping[str, Any], switch: str) -> list[str]:
+    """The problem of weights that shall be divided by their sum, if that is zero."""
+    weights = parameters["weight"]
+    total = math.fsum(weights)
+    if parameters[switch] and abs(total) < SMALL_WEIGHT_SUM:
+        return [f"weights {weights} sum to {total:g} under {switch}: true"]
+    return []
+
+
+def partial_sums(x: Tensor, y: Tensor, unit: int = ROW) -> Tensor:
+    """Sums of x * y over runs of `unit` elements, float32 [ceil(n / unit)]: the same bits wherever they are computed.
+
+    Each run is added up by a fixed binary tree of elementwise additions; a last short one is filled with zeros.
+    `math.fsum` over the runs of all pieces then gives the dot product, rounded once, in whatever order they come.
+
+    Args:
+        x, y: float32, of one shape; a piece that begins at a multiple of `unit`.
     """
-    products = (x * y).reshape(-1)
-    missing = -products.numel() % ROW
+    return run_sums((x * y).reshape(-1), unit)
+
+
+def run_sums(values: Tensor, unit: int = ROW) -> Tensor:
+    """Sums of a flat tensor over runs of `unit` elements, each by a fixed binary tree; see `partial_sums`."""
+    missing = -values.numel() % unit
     if missing:
-        products = torch.nn.functional.pad(products, (0, missing))
-    rows = products.view(-1, ROW)
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    return rows[:, 0]
+        values = torch.nn.functional.pad(values, (0, missing))
+    return tree_sum(values.view(-1, unit))
 
 
-def _magnitude_bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+def tree_sum(rows: Tensor) -> Tensor:
+    """Sums over the last dimension, each by a fixed binary tree of elementwise additions; 0 for a row of nothing."""
+    if not rows.shape[-1]:
+        return rows.sum(-1)
+    while (length := rows.shape[-1]) > 1:
+        half = length // 2
+        total = rows[..., :half] + rows[..., length - half :]
+        rows = torch.cat([total, rows[..., half : half + 1]], -1) if length % 2 else total
+    return rows[..., 0]
 
 
-def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def as_rows(flat: Tensor, columns: int) -> Tensor:
+    """A flat piece as rows of the tensor's last dimension; rows of nothing are no rows."""
+    return flat.view(-1, max(columns, 1))
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """sum_i weights_i tensors_i in the given order. A weight of 0 leaves its tensor out, so that 1 * x + 0 * y is x
     even where x is -0. Multiplication and addition stay two operations: fused they round differently elsewhere."""
     total: Tensor | None = None

@@ -7,7 +7,7 @@ task vectors delta_i = M_i - B, else the models themselves, a base first where t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+ROW = 4096  # elements; sums over a tensor are made of sums over rows of at least that length
 Sums = dict[tuple[int, int], float]  # dot products of a tensor's vectors, by their positions
 
 
@@ -23,8 +24,10 @@ class Subject:
     """One output tensor, as far as a method may know it.
 
     parameters: resolved values: of the merge as a whole, and as lists, one entry per model that is not the base.
-    models: what tells the models apart in random bits, in the order of the vectors without the base.
-    seed: of the merge; random bits depend on (seed, name, model, element) and on nothing else.
+    models: what tells the models apart in random bits, in the order of the vectors without the base: their names as
+        the configuration writes them.
+    seed: `random_seed`; random bits depend on (seed, name, model, element) and on nothing else.
+    based: whether one of the vectors is a base; only methods that can do without ask for it.
     """
 
     name: str
@@ -33,28 +36,60 @@ class Subject:
     models: tuple[str, ...]
     seed: int
     device: torch.device
+    based: bool = True
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def columns(self) -> int:
+        """Elements of a row: the last dimension; a vector is one row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def whole_rows(self) -> int:
+        """The least number of elements that are whole rows and at least ROW."""
+        return whole_rows(self.columns)
+
+
+def whole_rows(columns: int) -> int:
+    """The least multiple of a row's length that is at least ROW."""
+    return -(-ROW // columns) * columns if columns else ROW
+
 
 class TensorMerge:
     """One tensor under one method. Subclasses say what they want to see and what they make of it.
 
+    Between pieces a method holds counts and sums: at most 2 MB for each model, and 40 bytes for each run of ROW
+    elements. Dare and della hold one bit for each element and model from look to merge under `rescale: l1` on a CPU.
+    Only those that see one whole piece hold a tensor: nuslerp under `nuslerp_row_wise`, tsv_m and iso_c.
+
     vectors: "models": the models, a required base B first; "deltas": B and the task vectors delta_i = M_i - B; "both":
-        B, the other models, and then the task vectors.
+        B, the other models, and then the task vectors. Where there is no base, always the models.
     looks: how often the whole tensor is read before it is merged.
-    pieces: "any": pieces start at multiples of ROW elements and come in order; "rows": they hold whole rows of the last
-        dimension (a vector is one row); "whole": there is one piece.
+    pieces: "any": pieces begin at multiples of ROW elements; "rows": they hold whole rows of the last dimension (a
+        vector is one row) and begin at multiples of `subject.whole_rows`; "whole": there is one piece. They come in
+        order; those of a later reading may be of other sizes.
+    unit: pieces begin at multiples of so many elements, and dot products are added up over runs of that length
+        (`methods.partial_sums`), so that nothing depends on where pieces begin.
     """
 
     vectors: ClassVar[Literal["models", "deltas", "both"]] = "models"
-    pieces: ClassVar[Literal["any", "rows", "whole"]] = "any"
+    pieces: Literal["any", "rows", "whole"] = "any"
     looks = 0
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
+
+    @property
+    def unit(self) -> int:
+        return self.subject.whole_rows if self.pieces == "rows" else ROW
+
+    @classmethod
+    def check(cls, parameters: Mapping[str, Any]) -> list[str]:
+        """What is wrong with resolved parameters that are each in their range, where one depends on another."""
+        return []
 
     def pairs(self, models: int) -> list[tuple[int, int]]:
         """Which dot products are gathered in the first reading, for figures and for `end_look`: positions of vectors.
@@ -64,7 +99,7 @@ class TensorMerge:
         Args:
             models: how many there are, the base included.
         """
-        if self.vectors == "models":
+        if self.vectors == "models" or not self.subject.based:
             return [(i, i) for i in range(models)]
         first = 1 if self.vectors == "deltas" else models
         last = first + models - 1

@@ -108,4 +108,4 @@ def write_yaml(path: Path, config: Mapping[str, Any]) -> Path:
 
 
 def bits(x: torch.Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
+    return x.contiguous().numpy().tobytes() if x.dtype != torch.bfloat16 else bits(x.view(torch.int16))

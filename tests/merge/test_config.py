@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from steep.merge import parse_config, read_yaml
-from steep.merge.config import Setting, resolve_model_path
+from steep.merge.config import Setting, TokenizerRule, resolve_model, resolve_model_path
 
 MODELS = [{"model": "a", "parameters": {"weight": 1.0}}, {"model": "b", "parameters": {"weight": 0.5}}]
 
@@ -40,7 +40,7 @@ def test_booleans_are_selected_not_interpolated() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modles": MODELS}, "unknown key 'modles'; did you mean 'models'"),
+        ({"modles": MODELS}, "unknown key 'modles'; did you mean 'modules' or 'models'?"),
         ({"models": [{"model": "a", "weight": 1}]}, "models.0: unknown key 'weight'; allowed: model, parameters"),
         ({"parameters": {"normalise": True}}, "unknown parameter 'normalise'; did you mean 'normalize'"),
         ({"models": [{"model": "a", "parameters": {"wieght": 1}}]}, "'wieght'; did you mean 'weight'"),
@@ -52,17 +52,28 @@ def test_booleans_are_selected_not_interpolated() -> None:
         ({"parameters": {"weight": [{"filtre": "mlp", "value": 1}]}}, "unknown key 'filtre'; did you mean 'filter'"),
         ({"parameters": {"weight": [{"filter": "mlp"}]}}, "needs 'value'"),
         ({"merge_method": "tie"}, "unknown method 'tie'; did you mean 'ties'"),
-        ({"merge_method": "dare_ties"}, "'dare_ties' is not supported yet"),
+        ({"parameters": {"rescale": "l2"}}, "rescale: allowed: l1, inv_density, elementwise, true, false, none; found"),
+        ({"parameters": {"max_iter": 2.5}}, "max_iter: must be a whole number, found 2.5"),
+        ({"parameters": {"epsilon": -1}}, "epsilon: must be at least 0, found -1"),
         ({"merge_method": "ties"}, "base_model: required by ties"),
-        ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]}, "exactly one of 'models' and 'slices'"),
-        ({"models": []}, "exactly one of 'models' and 'slices'"),
-        ({"modules": {"text": {}}}, "key 'modules' is not supported yet"),
-        ({"tokenizer": {"source": "base"}}, "key 'tokenizer' is not supported yet; use 'tokenizer_source"),
-        ({"tokenizer_source": "union"}, "'union' is not supported yet"),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]}, "exactly one of 'models', 'slices' and"),
+        ({"models": []}, "exactly one of 'models', 'slices' and 'modules'"),
+        ({"models": [], "modules": {"text": {}}}, "modules.text: exactly one of 'models' and 'slices' must be given"),
+        ({"models": [], "modules": {"text": {"model": MODELS}}}, "modules.text: unknown key 'model'; did you mean 'm"),
+        ({"tokenizer": {"source": "base"}}, "tokenizer.source: 'base' needs a base_model"),
+        ({"tokenizer": {"sauce": "union"}}, "tokenizer: unknown key 'sauce'; did you mean 'source'"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: Input should be greater"),
+        ({"tokenizer": {"vocab_size": "padded"}}, "tokenizer.vocab_size: Input should be 'keep' or 'exact'"),
+        ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "tokenizer.tokens.x: force: true needs a source"),
+        ({"tokenizer": {"tokens": {"x": {"source": {"kind": "zeros"}}}}}, "unknown kind 'zeros'; did you mean 'zero'"),
+        ({"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}}, "one of 'token' and"),
+        ({"tokenizer": {}, "tokenizer_source": "union"}, "only one of 'tokenizer_source' and 'tokenizer'"),
         ({"tokenizer_source": "base"}, "tokenizer_source: 'base' needs a base_model"),
-        ({"chat_template": "auto"}, "key 'chat_template' is not supported yet"),
+        ({"chat_template": 1}, "chat_template: Input should be a valid string"),
+        ({"random_seed": -1}, "random_seed: Input should be greater than or equal to 0"),
         ({"dtype": "float8"}, "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
-        ({"models": [{"model": {"path": "a"}}]}, "models.0.model: Input should be a valid string"),
+        ({"models": [{"model": {"path": "a"}}]}, "models.0.model: unknown key 'path' of a model"),
+        ({"models": [{"model": {"model": {"path": "a", "revision": "x"}}}]}, "model: revision 'x': models are folders"),
     ],
 )
 def test_refusals_name_the_key_and_what_is_allowed(changes: dict[str, Any], message: str) -> None:
@@ -71,10 +82,42 @@ def test_refusals_name_the_key_and_what_is_allowed(changes: dict[str, Any], mess
     assert message in str(error.value)
 
 
-def test_slices_that_move_layers_are_refused() -> None:
+def test_sources_of_a_slice_have_as_many_layers() -> None:
     sources = [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [1, 3]}]
-    with pytest.raises(ValueError, match=r"slices.0: sources have layer ranges \[\(0, 2\), \(1, 3\)\]"):
-        parse_config({"merge_method": "linear", "slices": [{"sources": sources}]})
+    written: dict[str, Any] = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    assert parse_config(written).slices[0].sources[1].layer_range == (1, 3)
+    sources[1]["layer_range"] = [1, 2]
+    with pytest.raises(ValueError, match=r"slices.0: .* as many layers, found \[0, 2\] of a, \[1, 2\] of b"):
+        parse_config(written)
+    sources[1]["layer_range"] = [3, 1]
+    with pytest.raises(ValueError, match=r"slices.0.sources.1.layer_range: expected \[first, last\)"):
+        parse_config(written)
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    models = [{"model": "a", "wieght": 1, "parameters": {"wieght": 1, "density": 2}}]
+    with pytest.raises(ValueError, match="^merge configuration: ") as error:
+        parse_config(config(modles=MODELS, merge_method="linaer", dtype="float8", models=models))
+    for message in ("'modles'", "'linaer'; did you mean 'linear'", "dtype: Input", "models.0: unknown key 'wieght'",
+                    "unknown parameter 'wieght'", "density: must be between 0 and 1, found 2"):  # fmt: skip
+        assert message in str(error.value)
+
+
+def test_models_with_adapters_have_two_spellings() -> None:
+    entries = [{"model": "a+lora"}, {"model": {"model": {"path": "a"}, "lora": {"path": "lora"}}}]
+    parsed = parse_config({"merge_method": "linear", "models": entries})
+    assert [entry.model for entry in parsed.models] == ["a+lora", "a+lora"]
+
+
+def test_tokenizer_source_is_short_for_a_rule() -> None:
+    assert parse_config(config()).tokenizer_rule is None
+    assert parse_config(config(tokenizer_source="b")).tokenizer_rule == TokenizerRule(source="b")
+    tokens = {"<x>": {"source": {"kind": "zero"}, "force": True}, "<y>": {"source": "a"}}
+    written = {"source": "union", "tokens": tokens}
+    rule = parse_config(config(tokenizer=written)).tokenizer_rule
+    assert rule is not None
+    assert rule.tokens["<x>"].force
+    assert rule.tokens["<y>"].source == "a"
 
 
 def test_null_means_absent() -> None:
@@ -105,7 +148,15 @@ def test_relative_paths_count_from_the_yaml_then_from_here(tmp_path: Path, monke
     assert resolve_model_path("both", beside) == beside / "both"
     assert resolve_model_path("only", beside) == here / "only"
     assert resolve_model_path("both", None) == here / "both"
-    with pytest.raises(FileNotFoundError, match="no such folder .*beside/x.*here/x.*not downloaded"):
+    with pytest.raises(FileNotFoundError, match="no such folder .*beside/x.*here/x.*nothing is downloaded"):
         resolve_model_path("x", beside)
-    with pytest.raises(FileNotFoundError, match="adapters"):
-        resolve_model_path("both+lora", beside)
+
+
+def test_an_adapter_stands_behind_a_plus(tmp_path: Path) -> None:
+    for name in ("a", "lora", "c++"):
+        (tmp_path / name).mkdir()
+    assert resolve_model("a", tmp_path) == (tmp_path / "a", None)
+    assert resolve_model("a+lora", tmp_path) == (tmp_path / "a", tmp_path / "lora")
+    assert resolve_model("c++", tmp_path) == (tmp_path / "c++", None)
+    with pytest.raises(FileNotFoundError, match="adapter 'nowhere': no such folder"):
+        resolve_model("a+nowhere", tmp_path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,8 @@ import pytest
 import torch
 
 from steep.data.files import read_manifest, sha256_file
-from steep.merge import merge, slerp, task_arithmetic, ties
+from steep.engine.verify import verify
+from steep.merge import merge, slerp, sweep, task_arithmetic, ties
 from tests.merge.models import bits, random_tensors, read_model, sibling, write_model, write_yaml
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -27,6 +26,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "base_model": "base",
         "models": {"a": {"weight": 0.7, "density": 0.3}, "b": {"weight": 0.4, "density": 0.5}},
     },
+}
+FURTHER: dict[str, dict[str, Any]] = {  # methods that see whole rows, draw random bits, or look more than once
+    "della": METHODS["ties"],
+    "dare_ties": METHODS["ties"],
+    "breadcrumbs": METHODS["ties"],
+    "sce": {"base_model": "base", "models": {"a": {}, "b": {}}, "parameters": {"select_topk": 0.5}},
+    "arcee_fusion": {"base_model": "base", "models": {"far": {}}},
+    "karcher": {"models": {"a": {}, "b": {}, "far": {}}},
+    "iso_c": {"base_model": "base", "models": {"a": {}, "b": {}}},
 }
 
 
@@ -45,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
-    written = METHODS[method] | {"merge_method": method} | changes
+    written = (METHODS | FURTHER)[method] | {"merge_method": method} | changes
     written["models"] = [
         {"model": str(folder / name), "parameters": parameters} for name, parameters in written["models"].items()
     ]
@@ -127,13 +135,16 @@ def test_manifest_and_what_is_carried(folder: Path, tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "merge.yml", config(folder, "slerp"))
     out = tmp_path / "out"
     manifest = merge(path, out, log=lines.append, progress=lambda done, total: progress.append((done, total)))
-    assert manifest == read_manifest(out, "merged model")
+    assert manifest == json.loads((out / "merge.json").read_text())
     assert manifest["inputs"][str(path)]["sha256"] == sha256_file(path)
     shard = folder / "far" / "model.safetensors"
     assert manifest["inputs"][str(shard)]["sha256"] == sha256_file(shard)
-    assert manifest["files"]["model.safetensors"]["sha256"] == sha256_file(out / "model.safetensors")
+    kept = read_manifest(out, "merged model")
+    assert kept["files"]["model.safetensors"] == (out / "model.safetensors").stat().st_size
+    assert kept["files"]["merge.json"]["sha256"] == sha256_file(out / "merge.json")
+    assert kept["tensors"] == {name: entry["sha256"] for name, entry in manifest["tensors"].items()}
     assert manifest["config"] == config(folder, "slerp")
-    assert manifest["donors"] == {"config": str(folder / "base"), "tokenizer": str(folder / "base")}
+    assert manifest["donors"] == dict.fromkeys(("config", "tokenizer", "chat_template"), str(folder / "base"))
     assert f"tokenizer from {folder / 'base'}" in lines
     for name in ("tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (out / name).read_bytes() == (folder / "base" / name).read_bytes()
@@ -222,20 +233,135 @@ def test_an_unknown_device_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_an_output_that_exists_is_not_touched(folder: Path, tmp_path: Path) -> None:
     before = sha256_file(folder / "a" / "config.json")
     for out in (folder / "a", folder / "a" / "config.json"):
-        with pytest.raises(FileExistsError):
+        with pytest.raises(ValueError, match=r"is an input of the merge|lies in the input"):
             merge(config(folder, "linear"), out)
     assert sha256_file(folder / "a" / "config.json") == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="out: .*not empty"):
+        merge(config(folder, "linear"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_a_killed_merge_leaves_nothing_and_the_next_one_cleans_up(folder: Path, tmp_path: Path) -> None:
-    path = write_yaml(tmp_path / "merge.yml", config(folder, "ties"))
+@pytest.mark.parametrize("method", FURTHER)
+def test_pieces_leave_no_trace_in_tensors_and_figures(folder: Path, tmp_path: Path, method: str) -> None:
+    written = config(folder, method)
+    whole = merge(written, tmp_path / "whole", workers=1)
+    pieces = merge(written, tmp_path / "pieces", workers=3, chunk_elements=4096)
+    assert whole["tensors"] == pieces["tensors"]
+    assert whole["figures"]["layers"] == pieces["figures"]["layers"]
+    assert same_bits(read_model(tmp_path / "whole"), read_model(tmp_path / "pieces"))
+
+
+def test_random_bits_follow_the_seed(folder: Path, tmp_path: Path) -> None:
+    seeds = {"first": 1, "again": 1, "other": 2}
+    results = [merge(config(folder, "dare_ties", random_seed=seed), tmp_path / name) for name, seed in seeds.items()]
+    hashes = [[entry["sha256"] for entry in result["tensors"].values()] for result in results]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert [(result["seed"], result["mode"]) for result in results] == [(1, "exact"), (1, "exact"), (2, "exact")]
+
+
+@pytest.mark.parametrize(
+    ("method", "key"), [("ties", "lambda"), ("slerp", "t"), ("linear", "models.1.parameters.weight")]
+)
+def test_a_sweep_is_the_merges_one_by_one(folder: Path, tmp_path: Path, method: str, key: str) -> None:
+    written = config(folder, method)
+    reads = []
+    results = sweep(written, tmp_path / "out", key, [0.25, 1], progress=lambda done, total: reads.append((done, total)))
+    name = key.split(".")[-1]
+    for value, result in zip((0.25, 1), results, strict=True):
+        changed = json.loads(json.dumps(written))
+        if method == "linear":
+            changed["models"][1]["parameters"]["weight"] = value
+        else:
+            changed["parameters"] = changed.get("parameters", {}) | {key: value}
+        assert result["config"] == changed
+        alone = merge(changed, tmp_path / f"alone-{value}")
+        assert alone["tensors"] == result["tensors"]
+        assert same_bits(read_model(tmp_path / f"alone-{value}"), read_model(tmp_path / "out" / f"{name}={value}"))
+    total = 2 * sum(2 * x.numel() for x in read_model(tmp_path / "alone-1").values())
+    assert reads[-1] == (total, total)
+
+
+def test_a_sweep_over_what_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+    written = config(folder, "linear")
+    with pytest.raises(ValueError, match="models.7: expected a number below 2, found '7'"):
+        sweep(written, tmp_path / "out", "models.7.parameters.weight", [1])
+    with pytest.raises(ValueError, match="wieght=1: .*unknown parameter 'wieght'"):
+        sweep(written, tmp_path / "out", "wieght", [1])
+    with pytest.raises(ValueError, match="normalize: a value is given twice"):
+        sweep(written, tmp_path / "out", "normalize", [True, True])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_not_finite_pass_if_allowed_and_are_recorded(folder: Path, tmp_path: Path) -> None:
+    name, lines = "model.layers.1.mlp.down_proj.weight", []
+    tensors = read_model(folder / "a")
+    tensors[name][3, 5] = math.nan
+    write_model(tmp_path / "broken", tensors, dtype=torch.bfloat16)
+    models = {str(tmp_path / "broken"): {"weight": 1.0}, "b": {"weight": 1.0}}
+    result = merge(config(folder, "linear", models=models), tmp_path / "out", allow_not_finite=True, log=lines.append)
+    assert result["tensors"][name]["not_finite"] == [0]
+    assert [key for key, entry in result["tensors"].items() if "not_finite" in entry] == [name]
+    assert f"warning: {name}: NaN or infinite values of model 0 passed through" in lines
+    merged = read_model(tmp_path / "out")[name]
+    assert bool(merged[3, 5].isnan())
+    assert int(merged.isnan().sum()) == 1
+
+
+def test_squares_that_only_overflow_are_no_fault(tmp_path: Path) -> None:
+    huge = {name: x * 1e25 for name, x in random_tensors(0).items()}
+    write_model(tmp_path / "huge", huge)
+    result = merge(config(tmp_path, "linear", models={"huge": {"weight": 1}}), tmp_path / "out")
+    assert same_bits(read_model(tmp_path / "out"), read_model(tmp_path / "huge"))
+    assert all(entry["norms"] == [None] for entry in result["tensors"].values())
+
+
+def test_licences_of_the_inputs_and_of_theirs(folder: Path, tmp_path: Path) -> None:
+    base = random_tensors(0)
+    write_model(tmp_path / "one", base)
+    (tmp_path / "one" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [de]\n---\n# One\n---\n")
+    (tmp_path / "one" / "NOTICE").write_text("notice")
+    write_model(tmp_path / "two", sibling(base, 1), license="mit")
+    models = {"one": {"weight": 1}, "two": {"weight": 1}}
+    first = merge(config(tmp_path, "linear", models=models), tmp_path / "out")
+    assert first["licences"] == [
+        {
+            "model": str(tmp_path / "one"),
+            "license": "apache-2.0",
+            "files": {"NOTICE": hashlib.sha256(b"notice").hexdigest()},
+        },
+        {"model": str(tmp_path / "two"), "license": "mit", "files": {}},
+    ]
+    again = merge(config(tmp_path, "linear", models={"out": {"weight": 1}, "two": {"weight": 1}}), tmp_path / "again")
+    assert again["licences"][0]["of_inputs"] == first["licences"]
+
+
+def test_what_is_recorded_of_the_run(folder: Path, tmp_path: Path) -> None:
+    result = merge(config(folder, "ties"), tmp_path / "out", workers=2)
+    assert result["resolved"]["merge_method"] == "ties"
+    assert result["execution"] == {"device": "cpu", "threads": 2, "chunk_elements": 1 << 18}
+    assert result["figures"]["peak_memory_bytes"] > 1 << 20
+    assert 0 < result["figures"]["seconds"] < 600
+    assert result["taken_over"] == 0
+    expected = {"weight": [0.7, 0.4], "density": [0.3, 0.5], "normalize": True, "lambda": 1.0}
+    assert expected.items() <= result["tensors"]["model.norm.weight"]["parameters"].items()
+
+
+def test_verify_finds_a_changed_byte_by_the_tensors_hash(folder: Path, tmp_path: Path) -> None:
+    merge(config(folder, "linear"), tmp_path / "out")
+    with pytest.raises(ValueError, match="1 problem: .*no tokenizer"):
+        verify(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors: \S+: SHA-256 is \w+, manifest.json says"):
+        verify(tmp_path / "out")
+
+
+def test_import_is_light() -> None:
     code = (
-        "import os, signal, sys; from steep.merge import merge; "
-        "merge(sys.argv[1], sys.argv[2], progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL))"
+        "import sys, steep.merge; print([name for name in ('torch._dynamo', 'steep.kernels') if name in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code, path, tmp_path / "out"], env=os.environ, check=False)
-    assert run.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert len(list(tmp_path.iterdir())) == 2  # the YAML and a hidden folder
-    merge(path, tmp_path / "out")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["merge.yml", "out"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

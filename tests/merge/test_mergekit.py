@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from steep.data.files import read_manifest
+from steep.data.files import read_json
 from steep.merge import merge
 from tests.merge.models import random_tensors, read_model, sibling, write_model, write_yaml
 
@@ -174,7 +174,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         lambda case: read_model(folder / "ours" / case),
         lambda case: read_model(folder / "theirs" / case),
         lambda case: read_model(folder / case),
-        lambda case: read_manifest(folder / "ours" / case),
+        lambda case: read_json(folder / "ours" / case / "merge.json"),
     )
 
 

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steep.merge import linear, slerp, task_arithmetic, ties, trim
-from steep.merge.methods import ROW, LargestK, partial_sums
+from steep.merge.methods import ROW, partial_sums
+from steep.merge.sparsify import LargestK, kept
 from tests.merge.models import bits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_linear_is_the_weighted_mean() -> None:
@@ -146,17 +149,17 @@ def test_largest_k_of_chunks_is_the_largest_k_of_the_whole(density: float, kind:
         "constant": torch.full((5 * ROW + 77,), -0.25),
         "zero": torch.zeros(5 * ROW + 77),
     }[kind]
-    largest = LargestK(x.numel(), density)
+    largest = LargestK(x.numel(), [kept(x.numel(), density)])
     for _ in range(largest.passes):
         for chunk in reversed(x.split(ROW)):
             largest.count(chunk)
         largest.end_pass()
-    kept = torch.cat([largest.keep(chunk) for chunk in x.split(ROW)])
-    assert torch.equal(kept, trim(x, density))
-    order = torch.sort(x.abs(), descending=True, stable=True).indices[: largest.k]
     expected = torch.zeros_like(x)
+    order = torch.sort(x.abs(), descending=True, stable=True).indices[: largest.ks[0]]
     expected[order] = x[order]
-    assert torch.equal(kept, expected)
+    for _ in range(2):
+        assert torch.equal(torch.cat([largest.keep(chunk)[0] for chunk in x.split(ROW)]), expected)
+    assert torch.equal(trim(x, density), expected)
 
 
 def test_partial_sums_do_not_depend_on_chunks_and_add_up() -> None:
