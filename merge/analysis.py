@@ -28,8 +28,8 @@ from .sparsify import kept
 NORM_BOUND = 0.5
 COSINE_BOUND = 1 - NORM_BOUND**2 / 2  # where |delta| / |B| is NORM_BOUND and M is as long as B
 BOUND_ORIGIN = (
-    f"bounds: |delta| / |B| at most {NORM_BOUND} and cosine between B and M at least {COSINE_BOUND}, which is the same "
-    "where both are of one length. Unrelated weights of one length lie near a ratio of 1.41 with a cosine near 0, since "
+    f"Bounds: |delta| / |B| at most {NORM_BOUND} and cosine between B and M at least {COSINE_BOUND}, which is the same "
+    "where both are of one length. Unrelated weights of one length lie near a ratio of 1.41 with a cosine near 0, as "
     "random directions in many dimensions are at right angles; a change of an rms of 2e-4 to 1e-3 on weights of an rms "
     "of 0.02, as fine-tuning leaves, is a ratio of 0.01 to 0.05. The bound is a line drawn by hand between the two."
 )

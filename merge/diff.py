@@ -75,9 +75,7 @@ class Compared:
         return found
 
 
-def diff(
-    a: str | Path, b: str | Path, base: str | Path | None = None, *, piece: int = PIECE
-) -> dict[str, Any]:
+def diff(a: str | Path, b: str | Path, base: str | Path | None = None, *, piece: int = PIECE) -> dict[str, Any]:
     """Compare the tensors of two model folders that have the same names and shapes.
 
     Args:

@@ -1,4 +1,4 @@
-"""`steep merge report`: the figures of a merge (analysis.py) as one HTML file with heat maps, layers across, roles down.
+"""`steep merge report`: the figures of a merge (analysis.py) in one HTML file: heat maps, layers across, roles down.
 
 The page needs no scripts and no network. Colours differ in lightness first, so that they are told apart without colour
 vision and in print: cividis (Nunez et al. 2018, https://doi.org/10.1371/journal.pone.0199239) for sizes, blue to orange
@@ -7,6 +7,7 @@ for what has a sign; every number is also written, on hover and in a table. Writ
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import atomic_write
-from .analysis import is_out_of_bounds
+from .analysis import analyse, is_out_of_bounds
+from .plan_view import plan_file
 
 CIVIDIS = ("#00204c", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#ffe945")
 BLUE_ORANGE = ("#2166ac", "#92c5de", "#f7f7f7", "#fdb863", "#b35806")
@@ -44,6 +46,29 @@ class HeatMap:
     gradient: str
     low: str
     high: str
+
+
+def report_file(
+    config: str | Path, out: str | Path, result: str | Path | None = None, figures: str | Path | None = None
+) -> dict[str, Any]:
+    """Analyse the merge that a YAML file describes, and publish the page at `out` and the figures as JSON.
+
+    Returns and raises as `analysis.analyse`; a configuration that cannot be planned as `plan_file`.
+    """
+    plan = plan_file(config)
+    found = analyse(plan, result)
+    dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors)
+    values = sum(tensor.numel for tensor in plan.tensors)
+    about = {
+        "configuration": str(config),
+        "result": "not made yet, or not given" if result is None else str(result),
+        "size": f"{len(plan.tensors)} tensors, {values:,} values, written as {', '.join(dtypes)}",
+    }
+    about |= {f"note {number}": text for number, text in enumerate((*plan.warnings, *plan.notes), 1)}
+    write_report(found, about | {"configuration as written": Path(config).read_text(encoding="utf-8")}, out)
+    if figures is not None:
+        atomic_write(figures, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    return found
 
 
 def write_report(found: Mapping[str, Any], about: Mapping[str, str], out: str | Path) -> Path:
@@ -92,8 +117,8 @@ def heat_maps(found: Mapping[str, Any]) -> list[HeatMap]:
         maps += [
             _map(found, f"{what}: length of the task vector", f"|delta| / |{base}|, on a logarithmic scale.", norm,
                  "log", mark=lambda cell, model=model: "!" if is_out_of_bounds(cell["models"][model]) else ""),
-            _map(found, f"{what}: lost by rounding", "Error of rounding B + w delta once to the dtype of the result, as "
-                 "a share of |w delta|; w is the strength that the configuration gives the model, before signs are "
+            _map(found, f"{what}: lost by rounding", "Error of rounding B + w delta once to the dtype of the result, "
+                 "as a share of |w delta|; w is the strength that the configuration gives the model, before signs are "
                  "elected or elements dropped.", _of_model(model, "lost"), "log"),
             _map(found, f"{what}: changes that vanish", "Share of the changed elements that are the base again after "
                  "that rounding.", _of_model(model, "vanished"), "share"),
