@@ -214,8 +214,8 @@ def _tally(plan: MergePlan, tensor: TensorPlan, result: SafetensorsFolder | None
         for histogram, delta in zip(magnitudes, deltas):
             histogram.add(delta)
     values = counts | _products_of(products, numbers, tensor.numel)
-    for model, (lost, scaled) in losses.items():
-        values |= {("lost", model, 0): lost.total(0, 0), ("scaled", model, 0): scaled.total(0, 0)}
+    for model, (loss, change) in losses.items():
+        values |= {("lost", model, 0): loss.total(0, 0), ("scaled", model, 0): change.total(0, 0)}
     for model, histogram, (outer, inner) in zip(numbers, magnitudes, trims):
         values |= _kept(model, histogram, outer, inner, tensor.numel)
     if not all(map(math.isfinite, values.values())):

@@ -152,13 +152,13 @@ def _elect(
     rounding."""
     parts = [w * tau for w, tau in zip(weights, taus, strict=True)]
     votes = parts if sign == "weighted" else list(taus)
-    total, cast = sum(votes), sum(abs(vote) for vote in votes)
+    total, cast = _add(votes), _add([abs(vote) for vote in votes])
     plus = total >= 0
     found = []
     for positive in (plus, ~plus):
         agree = [np.where(positive, vote > 0, vote < 0) for vote in votes]
-        merged = sum(part * m for part, m in zip(parts, agree))
-        size = sum(abs(part) * m for part, m in zip(parts, agree))
+        merged = _add([part * m for part, m in zip(parts, agree)])
+        size = _add([abs(part) * m for part, m in zip(parts, agree)])
         divisor = sum(w * m for w, m in zip(weights, agree)) if normalize else np.ones_like(base)
         divisor = np.where(divisor == 0, 1.0, divisor)
         doubtful = abs(divisor) < 1e-6 * sum(map(abs, weights))  # weights that cancel but for rounding

@@ -109,14 +109,14 @@ def heat_maps(found: Mapping[str, Any]) -> list[HeatMap]:
     """All the maps that the figures have something for."""
     names = short_names(found["models"])
     involved = list(found["all"]["models"])
-    base = "B" if found["based"] else "the first model listed (the method has no base)"
+    base = "the base" if found["based"] else "the first model listed, as the method has no base"
     maps = []
     for model in involved:
         what = f"Model {names[model]}"
         norm = _of_model(model, "relative_norm")
         maps += [
-            _map(found, f"{what}: length of the task vector", f"|delta| / |{base}|, on a logarithmic scale.", norm,
-                 "log", mark=lambda cell, model=model: "!" if is_out_of_bounds(cell["models"][model]) else ""),
+            _map(found, f"{what}: length of the task vector", f"|delta| / |B|, B being {base}; on a logarithmic scale. "
+                 "!: out of the bounds of siblings.", norm, "log", mark=_alarm(model)),
             _map(found, f"{what}: lost by rounding", "Error of rounding B + w delta once to the dtype of the result, "
                  "as a share of |w delta|; w is the strength that the configuration gives the model, before signs are "
                  "elected or elements dropped.", _of_model(model, "lost"), "log"),
@@ -128,7 +128,7 @@ def heat_maps(found: Mapping[str, Any]) -> list[HeatMap]:
     for pair in found["all"].get("cosines", ()):
         title = f"Cosine of the task vectors {' and '.join(names[model] for model in pair.split('-'))}"
         maps.append(_map(found, title, "1: one direction, 0: at right angles, -1: opposite.",
-                         lambda cell, pair=pair: cell.get("cosines", {}).get(pair), "signed"))  # fmt: skip
+                         _pair(pair), "signed"))  # fmt: skip
     if len(involved) > 1:
         maps.append(_map(found, "Sign conflict", "Share of elements that models change in opposite directions, among "
                          "those that two or more of them change; half for independent changes of two.",
@@ -143,12 +143,24 @@ def heat_maps(found: Mapping[str, Any]) -> list[HeatMap]:
                          lambda cell: cell["result"]["relative_norm"], "log"))  # fmt: skip
         for model in involved:
             maps.append(_map(found, f"Result: cosine of its task vector and that of {names[model]}", "",
-                             lambda cell, model=model: cell["result"]["cosines"].get(model), "signed"))  # fmt: skip
+                             _with_result(model), "signed"))  # fmt: skip
     return [each for each in maps if each is not None]
 
 
 def _of_model(model: str, figure: str) -> Get:
     return lambda cell: cell["models"].get(model, {}).get(figure)
+
+
+def _alarm(model: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda cell: "!" if is_out_of_bounds(cell["models"][model]) else ""
+
+
+def _pair(models: str) -> Get:
+    return lambda cell: cell.get("cosines", {}).get(models)
+
+
+def _with_result(model: str) -> Get:
+    return lambda cell: cell["result"]["cosines"].get(model)
 
 
 def _map(

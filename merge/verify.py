@@ -87,7 +87,8 @@ def verify_merge(
         _check_hashes(folder, record, findings)
         if plan is not None and tensors is not None:
             if inputs_as_recorded:
-                _recompute(plan, record, tensors, chunks, seed, findings)
+                made_with = plan.config.random_seed if config is not None else record.get("seed")
+                _recompute(plan, record, made_with, tensors, chunks, seed, findings)
             else:
                 findings.not_checked.append("values: the inputs are not those that were merged")
     if forward and not findings.problems:
@@ -113,10 +114,9 @@ def _read_record(folder: Path, config: str | Path | None) -> dict[str, Any]:
 
 def _plan(record: Mapping[str, Any], config: str | Path | None, findings: _Findings) -> MergePlan | None:
     """The plan of the recorded configuration, or of the one given."""
-    if config is not None:
-        written, where, folder = read_yaml(config), str(config), Path(config).resolve().parent
-    else:
-        written, where, folder = record["config"], "the recorded configuration", _config_folder(record)
+    folder = _config_folder(record) if config is None else Path(config).resolve().parent
+    where = "the recorded configuration" if config is None else str(config)
+    written = record["config"] if config is None else read_yaml(config)
     try:
         return plan_merge(parse_config(written, where), folder, exact=_is_exact(record))
     except (ValueError, FileNotFoundError) as error:
@@ -246,7 +246,7 @@ def _check_tensors(
 
 
 def _check_hashes(folder: Path, record: Mapping[str, Any], findings: _Findings) -> None:
-    """The files that the manifest lists; weight files by size alone, since their tensors are hashed."""
+    """The files that the manifest lists; weights by size alone, since `_check_tensors` has their bytes."""
     files = record.get("files") or (read_json(folder / MANIFEST).get("files") if (folder / MANIFEST).is_file() else {})
     for name, expected in (files or {}).items():
         file = folder / name
@@ -255,16 +255,25 @@ def _check_hashes(folder: Path, record: Mapping[str, Any], findings: _Findings) 
             findings.problems.append(f"{file}: not found, but {MANIFEST} lists it")
         elif file.stat().st_size != size:
             findings.problems.append(f"{file}: has {file.stat().st_size} bytes, {MANIFEST} says {size}")
-        elif file.suffix != ".safetensors" and isinstance(expected, Mapping):
-            if sha256_file(file) != expected["sha256"]:
-                findings.problems.append(f"{file}: is not the file that {MANIFEST} lists")
+        elif file.suffix != ".safetensors" and sha256_file(file) != expected["sha256"]:
+            findings.problems.append(f"{file}: is not the file that {MANIFEST} lists")
     findings.report.setdefault("hashes", {})["files"] = len(files or {})
 
 
 def _recompute(
-    plan: MergePlan, record: Mapping[str, Any], tensors: SafetensorsFolder, chunks: int, seed: int, findings: _Findings
+    plan: MergePlan,
+    record: Mapping[str, Any],
+    made_with: int | None,
+    tensors: SafetensorsFolder,
+    chunks: int,
+    seed: int,
+    findings: _Findings,
 ) -> None:
-    """Random pieces of every tensor that has its planned shape and dtype, against the formulas."""
+    """Random pieces of every tensor that has its planned shape and dtype, against the formulas.
+
+    Args:
+        made_with: the seed of the merge; None: the configuration's.
+    """
     method = plan.config.merge_method
     if not _is_exact(record):
         findings.not_checked.append(f"values: the mode is {record['mode']}, whose arithmetic is another's")
@@ -284,10 +293,10 @@ def _recompute(
         if left_out:
             text = f"values of {len(left_out)} matrices: {method} is recomputed on {MOST_WHOLE} whole ones"
             findings.not_checked.append(text)
-    recorded_seed = record.get("seed", plan.config.random_seed)
+    made_with = plan.config.random_seed if made_with is None else made_with
     values = undecided = 0
     for tensor in chosen:
-        counts = _check_tensor(plan, tensor, tensors, recorded_seed, chunks, random, findings)
+        counts = _check_tensor(plan, tensor, tensors, made_with, chunks, random, findings)
         values, undecided = values + counts[0], undecided + counts[1]
     found = {"method": method, "tensors": len(chosen), "values": values, "either_sign": undecided}
     findings.report["recomputed"] = found
