@@ -153,6 +153,17 @@ def test_inputs_that_have_changed(folder: Path, tmp_path: Path) -> None:
     assert any("b/model.safetensors: an input of the merge, not found" in line for line in found)
 
 
+def test_a_configuration_that_has_moved(folder: Path, tmp_path: Path) -> None:
+    path = write_yaml(folder / "moving.yml", config())
+    merge(path, tmp_path / "out", workers=1)
+    path.rename(folder / "moved.yml")
+    found = problems(tmp_path / "out", chunks=1)
+    assert all("the recorded configuration cannot be planned" in line or "no such folder" in line for line in found)
+    report = verify_merge(tmp_path / "out", config=folder / "moved.yml", chunks=1)
+    assert report["not_checked"] == [f"{path}: an input of the merge, not found"]
+    assert report["recomputed"]["tensors"] == 12
+
+
 @pytest.mark.parametrize(
     "other",
     [
