@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,14 @@ def _tally(plan: MergePlan, tensor: TensorPlan, result: SafetensorsFolder | None
     numbers = [tensor.sources[position].model for position in order[1:]] + ([RESULT] if result else [])
     weights = strengths(tensor)
     trims = _trims(tensor)
-    products, magnitudes = Products(), [Magnitudes() for _ in trims]
+    products = Products(combinations_with_replacement(range(len(numbers) + 1), 2))
+    magnitudes = [Magnitudes() for _ in trims]
     counts: dict[Key, float] = {(what, 0, 0): 0 for what in ("conflicts", "shared")}
     for model in numbers:
         counts |= {(what, model, 0): 0 for what in ("zeros", "changed", "vanished")}
-    losses: dict[int, tuple[Products, Products]] = {m: (Products(), Products()) for m in numbers if m != RESULT}
+    losses: dict[int, tuple[Products, Products]] = {
+        m: (Products([(0, 0)]), Products([(0, 0)])) for m in numbers if m != RESULT
+    }
     buffers = [(plan.models[tensor.sources[p].model], tensor.sources[p].name) for p in order]
     readers = [*buffers, *([(result, tensor.name)] if result else [])]
     for lo, hi in pieces(tensor.numel, piece):
@@ -238,9 +241,9 @@ def _products_of(products: Products, numbers: Sequence[int], numel: int) -> dict
     for i, model in enumerate(numbers, 1):
         values |= {
             ("count", model, 0): numel,
-            ("base", model, 0): products.total(0, 0) if numel else 0.0,
-            ("delta", model, 0): products.total(i, i) if numel else 0.0,
-            ("inner", model, 0): products.total(0, i) if numel else 0.0,
+            ("base", model, 0): products.total(0, 0),
+            ("delta", model, 0): products.total(i, i),
+            ("inner", model, 0): products.total(0, i),
         }
     for (i, a), (j, b) in combinations(list(enumerate(numbers, 1)), 2):
         values |= {

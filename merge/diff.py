@@ -141,7 +141,9 @@ def _compare(
         raise ValueError(f"{base.path}: has no tensor {name} of shape {list(a.shape(name))}")
     folders = [a, b] + ([base] if base is not None else [])
     dtype = _coarser(a.dtype(name), b.dtype(name))
-    products, ulps = Products(), Magnitudes()
+    order = "abdcpq"[: 3 if base is None else 6]
+    pairs = {key: (order.index(key[0]), order.index(key[1])) for key in _SUMS if set(key) <= set(order)}
+    products, ulps = Products(pairs.values()), Magnitudes()
     equal = not_finite = 0
     max_abs = 0.0
     for lo, hi in pieces(numel, piece):
@@ -158,8 +160,7 @@ def _compare(
         equal += int((raw[0] == raw[1] if dtype is None else difference == 0).sum())
         max_abs = max(max_abs, float(difference.abs().max()))
         products.add([x, y, difference, *(vector for c in rest for vector in (c, x - c, y - c))])
-    order = "abdcpq"[: 3 if base is None else 6]
-    sums = {key: products.total(order.index(key[0]), order.index(key[1])) for key in _SUMS if set(key) <= set(order)}
+    sums = {key: products.total(*pair) for key, pair in pairs.items()}
     return Compared(numel, equal, not_finite, max_abs, sums, ulps)
 
 

@@ -62,20 +62,22 @@ def pieces(numel: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
 
 
 class Products:
-    """Dot products of vectors that come in pieces: float32 sums over runs of ROW elements, added up exactly."""
+    """Dot products of vectors that come in pieces: float32 sums over runs of ROW elements, added up exactly.
 
-    def __init__(self) -> None:
-        self._parts: dict[tuple[int, int], list[float]] = {}
+    pairs: positions i <= j of the vectors whose products are wanted.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
+        self._parts: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
 
     def add(self, vectors: Sequence[Tensor]) -> None:
-        """One piece: the products of all pairs i <= j of float32 vectors."""
-        for i, x in enumerate(vectors):
-            for j in range(i, len(vectors)):
-                self._parts.setdefault((i, j), []).extend(partial_sums(x, vectors[j]).tolist())
+        """One piece, of float32 vectors."""
+        for (i, j), parts in self._parts.items():
+            parts += partial_sums(vectors[i], vectors[j]).tolist()
 
     def total(self, i: int, j: int) -> float:
         """The dot product, rounded once; NaN or infinity where a vector holds some."""
-        parts = self._parts.get((min(i, j), max(i, j)), [])
+        parts = self._parts[i, j]
         return math.fsum(parts) if all(map(math.isfinite, parts)) else math.nan
 
 
