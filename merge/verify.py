@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,23 +164,17 @@ def _check_inputs(record: Mapping[str, Any], findings: _Findings) -> bool:
     return len(findings.problems) == before
 
 
-class _opened:
+@contextmanager
+def _opened(folder: Path, findings: _Findings) -> Iterator[SafetensorsFolder | None]:
     """The tensors of a folder, or None and a problem if it cannot be read."""
-
-    def __init__(self, folder: Path, findings: _Findings) -> None:
-        self.folder, self.findings = folder, findings
-        self.tensors: SafetensorsFolder | None = None
-
-    def __enter__(self) -> SafetensorsFolder | None:
-        try:
-            self.tensors = SafetensorsFolder(self.folder)
-        except (ValueError, FileNotFoundError) as error:
-            self.findings.problems.append(str(error))
-        return self.tensors
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self.tensors is not None:
-            self.tensors.close()
+    try:
+        tensors = SafetensorsFolder(folder)
+    except (ValueError, FileNotFoundError) as error:
+        findings.problems.append(str(error))
+        yield None
+        return
+    with tensors:
+        yield tensors
 
 
 def _check_structure(plan: MergePlan, tensors: SafetensorsFolder, findings: _Findings) -> None:
