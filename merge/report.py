@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """rows: (role, a cell for each column or None). legend: colours from `low` to `high`."""
+    """rows: (role, a cell for each column or None). gradient: colours from `low` to `high`, by `scale`."""
 
     title: str
     about: str
@@ -46,6 +46,7 @@ class HeatMap:
     gradient: str
     low: str
     high: str
+    scale: str
 
 
 def report_file(
@@ -115,7 +116,7 @@ def heat_maps(found: Mapping[str, Any]) -> list[HeatMap]:
         what = f"Model {names[model]}"
         norm = _of_model(model, "relative_norm")
         maps += [
-            _map(found, f"{what}: length of the task vector", f"|delta| / |B|, B being {base}; on a logarithmic scale. "
+            _map(found, f"{what}: length of the task vector", f"|delta| / |B|, B being {base}. "
                  "!: out of the bounds of siblings.", norm, "log", mark=_alarm(model)),
             _map(found, f"{what}: lost by rounding", "Error of rounding B + w delta once to the dtype of the result, "
                  "as a share of |w delta|; w is the strength that the configuration gives the model, before signs are "
@@ -139,7 +140,7 @@ def heat_maps(found: Mapping[str, Any]) -> list[HeatMap]:
                          lambda cell: cell.get("slerp", {}).get("angle"), "linear",
                          mark=lambda cell: "L" if cell["slerp"]["straight"] else ""))  # fmt: skip
     if "result" in found["all"]:
-        maps.append(_map(found, "Result: length of its task vector", "|R - B| / |B|, on a logarithmic scale.",
+        maps.append(_map(found, "Result: length of its task vector", "|R - B| / |B|.",
                          lambda cell: cell["result"]["relative_norm"], "log"))  # fmt: skip
         for model in involved:
             maps.append(_map(found, f"Result: cosine of its task vector and that of {names[model]}", "",
@@ -199,7 +200,7 @@ def _map(
             cells.append(Cell(where, show(value), colour, ink_on(colour), mark(figures)))
         if any(cells):
             rows.append((role, tuple(cells)))
-    return HeatMap(title, about, columns, tuple(rows), ", ".join(colours), show(low), show(high))
+    return HeatMap(title, about, columns, tuple(rows), ", ".join(colours), show(low), show(high), scale)
 
 
 def _range(present: Sequence[float], scale: str) -> tuple[float, float]:
