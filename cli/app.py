@@ -208,6 +208,59 @@ def merge_plan(
         console.print(part)
 
 
+@merge_app.command("diff")
+def merge_diff(
+    a: Annotated[Path, typer.Argument(help="Hugging Face model folder.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same shape.")],
+    base: Annotated[Path | None, typer.Option(help="Also compare both with this one: norms, cosine.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Publish all figures as JSON here.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A line for every tensor.")] = False,
+) -> None:
+    """How two models differ: norms, cosines, equal elements, distances in ulps, by role, layer and tensor."""
+    from rich.console import Console
+
+    from ..data.files import atomic_write
+    from ..merge.diff import diff, show_diff
+
+    found = diff(a, b, base)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for part in show_diff(found, every_tensor=tensors):
+        console.print(part)
+    if out is not None:
+        atomic_write(out, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+@merge_app.command("report")
+def merge_report(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file.")] = Path("merge-report.html"),
+    result: Annotated[Path | None, typer.Option(help="The merged model, if there is one: its figures too.")] = None,
+    figures: Annotated[Path | None, typer.Option("--json", help="Also publish the figures here.")] = None,
+) -> None:
+    """What a merge does, as heat maps: task vectors, cosines, conflicts, losses by rounding; alarm if no siblings."""
+    from ..merge.report import report_file
+
+    found = report_file(config, out, result, figures)
+    for alarm in found["alarms"]:
+        what = "is no sibling" if alarm["whole"] else f"has {len(alarm['tensors'])} matrices that are no siblings"
+        print(f"alarm: model {alarm['model']} ({alarm['label']}) {what} of the base")
+    print(out)
+
+
+@merge_app.command("verify")
+def merge_verify(
+    folder: Annotated[Path, typer.Argument(help="A merged model.")],
+    config: Annotated[Path | None, typer.Option(help="The YAML it was made by, instead of its own record.")] = None,
+    forward: Annotated[bool, typer.Option("--forward", help="Also load it and run a short text.")] = False,
+    chunks: Annotated[int, typer.Option(min=1, help="Random pieces recomputed of every tensor.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Which pieces.")] = 0,
+) -> None:
+    """Check a merge: hashes, structure, finiteness, and values recomputed in float64 by other code."""
+    from ..merge.verify import verify_merge
+
+    _print_json(verify_merge(folder, config=config, forward=forward, chunks=chunks, seed=seed))
+
+
 @app.command("eval")
 def evaluate(
     model: ModelFolder,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "eval", "generate", "report",
+COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "merge plan", "merge diff",
+            "merge report", "merge verify", "eval", "generate", "report",
             "verify", "bench kernels", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
 
 
