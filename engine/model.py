@@ -188,10 +188,10 @@ class Layer(nn.Module):
 
         selective = self.recompute == "selective" and torch.is_grad_enabled()
         with _not_saved(gate_up_T2F.shape, again) if selective else nullcontext():
-            if self.float8 is None and self.recompute != "full":
-                if self.down.adapter is None:
-                    return swiglu_linear(gate_up_T2F, self.down.weight), residual_TD
+            if self.float8 is None and self.down.adapter is not None:
                 return swiglu_lora_linear(gate_up_T2F, self.down.weight, None, self.down.adapter.term()), residual_TD
+            if self.float8 is None and self.recompute != "full":
+                return swiglu_linear(gate_up_T2F, self.down.weight), residual_TD
             h_TF = swiglu(gate_up_T2F)
         # Of a checkpointed layer h is the last that backward waits for, and torch's product saves it before it
         # multiplies: there the recomputation ends, without the product.

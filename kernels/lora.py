@@ -32,8 +32,8 @@ Spans = tuple[tuple[int, int], ...]
 class LowRank(NamedTuple):
     """Adapters of the matrices that lie one below the other in a weight [N, K]: n of them, of rank R.
 
-    a: [n R, K]; b: [sum of the widths of spans, R]; both in the dtype of x or in fp32, which is then rounded to that of
-        x for the products.
+    a: [n R, K]; b: [sum of the widths of spans, R]; in the dtype of x, fp32 or bf16; the products are in that of x, to
+        which they are converted.
     spans: n ranges [lo, hi) of the N columns of the output, in order.
     scale: alpha / R, or alpha / sqrt(R) (rank-stabilised, arXiv:2312.03732).
     """
@@ -218,6 +218,6 @@ def _check(function: str, x: torch.Tensor, width: int, columns: int, term: LowRa
     if not term.spans or ends != sorted(ends):
         raise ValueError(f"{function}: spans are {term.spans}; allowed: ranges in order within {columns} columns")
     rank, rows = term.b.shape[-1], sum(hi - lo for lo, hi in term.spans)
-    dtypes = (x.dtype, torch.float32)
+    dtypes = (x.dtype, torch.float32, torch.bfloat16)
     check_tensor(f"{function}: a", term.a, (len(term.spans) * rank, width), dtype=dtypes, like=x)
     check_tensor(f"{function}: b", term.b, (rows, rank), dtype=dtypes, like=x)
