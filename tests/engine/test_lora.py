@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from steep.engine import AdamWConfig, Engine, LoraConfig, SafetensorsFolder, mer
 from steep.engine.checkpoint import list_checkpoints
 from steep.engine.lora import adapter_tensors
 from steep.engine.metrics import training_flops
+from steep.engine.verify import verify
 from tests.engine.parity import documents, labels_of, packed, relative_error, tiny_transformers
 from tests.engine.test_engine import make_batch
 from tests.engine.test_trainer import after_step, assert_same_run
@@ -286,6 +288,8 @@ def test_a_run_and_its_resume(prepared, tmp_path, monkeypatch):
         files = [(root / "out" / folder / "adapter_model.safetensors").read_bytes() for root in (whole, broken)]
         assert files[0] == files[1]
 
+    kinds = {Path(each["path"]).name: each["kind"] for each in verify(out)["artefacts"]}
+    assert (kinds["adapter"], kinds["model"], kinds["step-00000004"]) == ("adapter", "model", "adapter")
     last = Engine.load(whole / "base", dtype="bfloat16", lora=LoraConfig(start=out / "adapter"))
     last.export(tmp_path / "merged")
     stored = [folder / "model.safetensors" for folder in (tmp_path / "merged", out / "model")]
