@@ -8,6 +8,7 @@ Kalajdzievski 2023, arXiv:2312.03732. One process: sharded decoders are refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -178,9 +179,8 @@ def adapter_tensors(decoder: Decoder) -> dict[str, tuple[Tensor, Tensor, float]]
         adapter = matrix.adapter
         if adapter is None:
             continue
-        ends, rank, row = [], adapter.b.shape[1], 0
-        for name in parts:
-            ends.append((ends[-1] if ends else 0) + _shapes(decoder.config)[name][0])
+        ends = list(itertools.accumulate(_shapes(decoder.config)[name][0] for name in parts))
+        rank, row = adapter.b.shape[1], 0
         for number, (lo, hi) in enumerate(adapter.spans):
             a = adapter.a.detach()[number * rank : (number + 1) * rank]
             b = adapter.b.detach()[row : row + hi - lo]
