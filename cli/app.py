@@ -130,9 +130,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. schedule.lr=1e-5")] = None,
 ) -> None:
     """Continual pre-training by a recipe; resumes where it was. The same as `python -m steep.engine` (for torchrun)."""
-    from ..engine.trainer import train as run
+    from ..engine.__main__ import main as run
 
-    run(recipe, overrides or [])
+    run([str(recipe), *(overrides or [])])
 
 
 @app.command()
@@ -225,6 +225,20 @@ def bench_train(
     from ..bench.record import record
 
     _print_json(record("train", train.run(model, text), out))
+
+
+@bench_app.command("ranks")
+def bench_ranks(
+    out: RecordOption = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder; else random weights of SmolLM2's shape.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    sequences: Annotated[int, typer.Option(help="Of 512 tokens, of each process in each step.")] = 4,
+) -> None:
+    """CPU processes that train one model together, against as many that train alone: what sharding costs."""
+    from ..bench import ranks as bench
+    from ..bench.record import record
+
+    _print_json(record("ranks", bench.run(model, ranks=ranks, sequences=sequences), out))
 
 
 @bench_app.command("data")

@@ -10,9 +10,10 @@ import os
 import sys
 
 
-def main() -> None:
-    """Train by a recipe; what ends it is one line on stderr."""
-    arguments = sys.argv[1:]
+def main(arguments: list[str] | None = None) -> None:
+    """Train by a recipe; what ends it is one line on stderr. arguments: those of the command line if None."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m steep.engine RECIPE [key=value ...]", file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else 2)

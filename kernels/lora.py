@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._op import check_tensor
-from .linear import linear
+from .fused_linear import product
 from .rms_norm import check_norm, norm_backward, norm_forward
 from .swiglu import check_gate_up, swiglu_backward, swiglu_forward
 
@@ -55,7 +55,7 @@ def _parts(b: torch.Tensor, spans: Spans) -> list[tuple[slice, slice, slice]]:
 
 def _add(out: torch.Tensor, x: torch.Tensor, term: LowRank) -> torch.Tensor:
     """Add the adapters to `out` in place; z [T, n R]."""
-    z, b = x @ term.a.to(x.dtype).t(), term.b.to(x.dtype)
+    z, b = product(x, term.a.to(x.dtype)), term.b.to(x.dtype)
     for columns, ranks, rows in _parts(b, term.spans):
         out[:, columns].addmm_(z[:, ranks], b[rows].t(), alpha=term.scale)
     return z
@@ -66,7 +66,7 @@ def _backward(d_out: torch.Tensor, z: torch.Tensor, term: LowRank) -> tuple[torc
     b = term.b.to(z.dtype)
     dz, db = torch.empty_like(z), torch.empty_like(b)
     for columns, ranks, rows in _parts(b, term.spans):
-        dz[:, ranks] = d_out[:, columns] @ b[rows]
+        dz[:, ranks] = product(d_out[:, columns], b[rows].t())
         db[rows].addmm_(d_out[:, columns].t(), z[:, ranks], beta=0, alpha=term.scale)
     return dz, db
 
@@ -101,7 +101,7 @@ class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, norm_weight, weight, bias, a, b, spans: Spans, scale: float, eps: float):
         y, s, rstd = norm_forward(x, residual, norm_weight, eps, False)
-        out = linear(y, weight, bias)
+        out = product(y, weight, bias)
         z = _add(out, y, LowRank(a, b, spans, scale))
         ctx.save_for_backward(s, rstd, norm_weight, weight, z, a, b)
         ctx.has_residual, ctx.spans, ctx.scale = residual is not None, spans, scale
@@ -116,7 +116,7 @@ class _RMSNormLinear(torch.autograd.Function):
         s, rstd, norm_weight, weight, z, a, b = ctx.saved_tensors
         term = LowRank(a, b, ctx.spans, ctx.scale)
         dz, db = _backward(d_out, z, term)
-        dy = _add_to_dx(linear(d_out, weight.t()), dz, term)
+        dy = _add_to_dx(product(d_out, weight.t()), dz, term)
         dx, d_norm_weight = norm_backward(dy, ds, s, norm_weight, rstd, False, recompute=True)
         da = _da(dz, dy, term)  # dy holds y by now
         return dx, dx if ctx.has_residual else None, d_norm_weight, None, None, da, db, None, None, None
@@ -126,7 +126,7 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, weight, bias, a, b, spans: Spans, scale: float):
         h = swiglu_forward(gate_up, False)
-        out = linear(h, weight, bias)
+        out = product(h, weight, bias)
         ctx.save_for_backward(gate_up, weight, _add(out, h, LowRank(a, b, spans, scale)), a, b)
         ctx.spans, ctx.scale = spans, scale
         return out
@@ -137,7 +137,7 @@ class _SwiGLULinear(torch.autograd.Function):
         gate_up, weight, z, a, b = ctx.saved_tensors
         term = LowRank(a, b, ctx.spans, ctx.scale)
         dz, db = _backward(d_out, z, term)
-        dh = _add_to_dx(linear(d_out, weight.t()), dz, term)
+        dh = _add_to_dx(product(d_out, weight.t()), dz, term)
         d_gate_up = swiglu_backward(dh, gate_up, False, recompute=True)
         return d_gate_up, None, None, _da(dz, dh, term), db, None, None  # dh holds h by now
 

@@ -17,8 +17,15 @@ import torch
 from tiny import make_model, pack, progressions
 
 from steep.data import BatchLoader, PackedBatch, Source
-from steep.engine import AdamWConfig, Engine, LoraConfig, ScheduleConfig, learning_rate
-from steep.engine.checkpoint import CheckpointWriter, load_newest
+from steep.engine import (
+    AdamWConfig,
+    CheckpointWriter,
+    Engine,
+    LoraConfig,
+    ScheduleConfig,
+    learning_rate,
+    load_newest,
+)
 
 
 def micro_batches(step: int, loader: BatchLoader | None) -> list[PackedBatch]:

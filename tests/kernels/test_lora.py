@@ -110,6 +110,15 @@ def test_zero_adapters_change_no_bit(layer, dtype):
     assert torch.equal(found, base)
 
 
+@pytest.mark.parametrize("layer", LAYERS[:-1])  # the product of the last is torch's own
+def test_autocast_changes_no_bit(layer):
+    tensors = arguments(layer, torch.float32, torch.float32)
+    expected = results(ours, layer, tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(ours, layer, tensors)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize(("layer", "kept"), [("rms_norm_residual", [WIDTH, 6]), ("swiglu", [2 * WIDTH, 6])])
 def test_the_input_of_the_product_is_not_kept(layer, kept):
     tensors = arguments(layer, torch.float32, torch.float32)
