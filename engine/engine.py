@@ -24,6 +24,7 @@ from torch import Tensor
 from ..data.batch import IGNORE, PackedBatch
 from ..kernels import expert_load, load_balancing_loss
 from .config import ModelConfig
+from .lora import LoraConfig, add_adapters, export_adapters, merged_values
 from .model import Decoder, Routing
 from .optimizer import AdamW, AdamWConfig
 from .parallel import ParallelConfig, reshard, set_last_micro_batch, shard_decoder
@@ -58,18 +59,23 @@ class Engine:
         accumulate_in_fp32: bool | None = None,
         parallel: ParallelConfig | None = None,
         source_folder: str | Path | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
-        """Train `decoder` in the dtype and on the device it has, sharded or not.
+        """Train `decoder` in the dtype and on the device it has, sharded or not: those of its parameters that require a
+        gradient.
 
         Args:
-            decoder: parameters all fp32 or all bf16.
+            decoder: trained parameters all fp32 or all bf16.
             optimizer: AdamW settings; the defaults of AdamWConfig if None.
             accumulate_in_fp32: hold the gradients of bf16 parameters in fp32. Needed for exact sums over several
                 micro batches; costs 2 bytes per parameter more than bf16. None: unless the optimizer is `in_backward`.
             parallel: how a sharded decoder communicates; the defaults of ParallelConfig if None.
             source_folder: Hugging Face folder the decoder came from, whose config and tokenizer an export carries.
+            lora: give the decoder low-rank adapters and train these alone.
         """
-        self.decoder = decoder
+        if lora is not None:
+            add_adapters(decoder, lora)
+        self.decoder, self.lora = decoder, lora
         self.config: ModelConfig = decoder.config
         self.source_folder = source_folder
         # of the load-balancing loss, as transformers would train this model; set it for another
@@ -78,7 +84,8 @@ class Engine:
         optimizer = optimizer or AdamWConfig()
         if accumulate_in_fp32 is None:
             accumulate_in_fp32 = not optimizer.in_backward
-        self.optimizer = AdamW(decoder.named_parameters(), optimizer, accumulate_in_fp32=accumulate_in_fp32)
+        trained = {name: each for name, each in decoder.named_parameters() if each.requires_grad}
+        self.optimizer = AdamW(trained.items(), optimizer, accumulate_in_fp32=accumulate_in_fp32)
         self.device = self.optimizer.device
 
     @classmethod
@@ -92,6 +99,7 @@ class Engine:
         accumulate_in_fp32: bool | None = None,
         mesh: DeviceMesh | None = None,
         parallel: ParallelConfig | None = None,
+        lora: LoraConfig | None = None,
     ) -> Engine:
         """Load a Hugging Face folder (config.json, safetensors), sharded over `mesh` if one is given
         (`parallel.make_mesh`): each rank reads the rows that it holds.
@@ -101,13 +109,21 @@ class Engine:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+        config = ModelConfig.from_folder(path)
+        if lora is not None:
+            if mesh is not None:
+                raise ValueError("lora: works in one process only; give no mesh")
+            lora.resolved().targets(config)
         with torch.device("meta"):
-            decoder = Decoder(ModelConfig.from_folder(path))
+            decoder = Decoder(config)
         decoder.to(DTYPES[dtype])
         if mesh is not None:
             shard_decoder(decoder, mesh, parallel or ParallelConfig())
         load_weights(decoder, path, dtype=DTYPES[dtype], device=device)
-        return cls(decoder, optimizer, accumulate_in_fp32=accumulate_in_fp32, parallel=parallel, source_folder=path)
+        return cls(
+            *(decoder, optimizer),
+            accumulate_in_fp32=accumulate_in_fp32, parallel=parallel, source_folder=path, lora=lora,
+        )  # fmt: skip
 
     def begin_step(self, lr: float) -> None:
         """Needed before the forward_backward of a step with `optimizer.in_backward`, which updates as it goes."""
@@ -155,7 +171,8 @@ class Engine:
             routing=routing,
         )
         scale = torch.full((), 1.0 / num_valid, dtype=torch.float32, device=self.device)
-        main_grad = self.optimizer.main_grad(self.decoder.head_weight) if torch.is_grad_enabled() else None
+        head = self.decoder.head_weight
+        main_grad = self.optimizer.main_grad(head) if torch.is_grad_enabled() and head.requires_grad else None
         loss, nll_T = self.decoder.loss(
             *(hidden_TD, self._to_device(batch.labels)),
             scale=scale, ignore_index=IGNORE, num_valid=batch.num_valid, main_grad=main_grad,
@@ -213,6 +230,7 @@ class Engine:
         parallel_write: bool = True,
     ) -> None:
         """Publish a Hugging Face folder that transformers opens: see `weights.export_model`. Every rank calls it.
+        Adapters are merged into the weights that are written, in fp32 and rounded once; the engine's stay apart.
 
         Raises:
             ValueError: the engine was not made from a folder.
@@ -220,12 +238,25 @@ class Engine:
         """
         if self.source_folder is None:
             raise ValueError("export needs the folder whose config and tokenizer to carry: give Engine source_folder")
+        change = None if self.lora is None else merged_values(self.decoder)
         export_model(
-            *(self.decoder, self.source_folder, path, dtype, provenance), parallel_write=parallel_write
+            *(self.decoder, self.source_folder, path, dtype, provenance), parallel_write=parallel_write, change=change
         )
 
+    def export_adapter(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Publish the adapters alone, as a folder that PEFT opens: see `lora.export_adapters`.
+
+        Raises:
+            ValueError: the engine has none, or was not made from a folder.
+            FileExistsError: `path` is not empty.
+        """
+        if self.lora is None or self.source_folder is None:
+            raise ValueError("export_adapter needs adapters and the model's folder: give Engine lora and source_folder")
+        export_adapters(self.decoder, self.lora, self.source_folder, path, provenance)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves."""
+        """Everything a step changes, flat: "model.NAME" and "optimizer.KIND.NAME". The tensors themselves. Frozen
+        weights are not among them."""
         state = {f"model.{name}": parameter.detach() for name, parameter in self.optimizer.parameters.items()}
         state.update({f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()})
         return state

@@ -43,13 +43,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
 
 
-def training_flops(config: ModelConfig, document_lengths: np.ndarray) -> float:
+def training_flops(config: ModelConfig, document_lengths: np.ndarray, *, frozen: bool = False) -> float:
     """Floating-point operations of one forward and backward over packed documents of these lengths.
 
     6 per weight of a matrix product and token (head included, embedding look-up not; of a mixture the router and the
     experts that a token goes to), and 12 per head dimension and pair of positions that attention really computes:
     within a document, causal, within the layer's window. So padding, masked-out pairs and recomputation do not count as
-    useful work.
+    useful work. frozen: of a model that is trained through adapters, whose matrices have no gradient: 4 instead of 6;
+    the adapters themselves are not counted.
     """
     lengths = document_lengths.astype(np.float64)
     queries = config.num_attention_heads * config.head_dim
@@ -62,7 +63,7 @@ def training_flops(config: ModelConfig, document_lengths: np.ndarray) -> float:
     for window in config.layer_windows:
         width = lengths if window is None else np.minimum(lengths, window)
         pairs += float((width * (width + 1) / 2 + (lengths - width) * width).sum())
-    return 6 * weights * float(lengths.sum()) + 12 * queries * pairs
+    return (4 if frozen else 6) * weights * float(lengths.sum()) + 12 * queries * pairs
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import (
     FusedLMHead,
+    LowRank,
     NeftuneNoise,
+    add_low_rank,
     add_rms_norm,
     attention,
     embedding,
@@ -32,10 +34,12 @@ from ..kernels import (
     linear_cross_entropy,
     moe_experts,
     rms_norm_linear,
+    rms_norm_lora_linear,
     rope_qkv,
     route,
     swiglu,
     swiglu_linear,
+    swiglu_lora_linear,
 )
 from .cache import KVCache
 from .config import ModelConfig
@@ -73,6 +77,28 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
+class Adapter(nn.Module):
+    """Low-rank adapters of the matrices in a projection: the tensors of `kernels.LowRank`. lora.py makes them."""
+
+    def __init__(self, a: Tensor, b: Tensor, spans: tuple[tuple[int, int], ...], scale: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.spans, self.scale = spans, scale
+
+    def term(self) -> LowRank:
+        return LowRank(self.a, self.b, self.spans, self.scale)
+
+
+class Projection(nn.Linear):
+    """A matrix, or several one below the other, which then may have low-rank adapters and be frozen itself."""
+
+    adapter: Adapter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_module("adapter", None)
+
+
 class Experts(nn.Module):
     """SwiGLU experts, stacked by rows: expert e is rows [e 2F, (e+1) 2F) of gate_up, gate first, and [e D, (e+1) D) of
     down. Matrices rather than [E, *, *], so that shards of rows are even for any number of ranks."""
@@ -104,16 +130,16 @@ class Layer(nn.Module):
 
         hidden, attended = config.hidden_size, config.num_attention_heads * config.head_dim
         self.input_norm = RMSNorm(hidden)
-        self.qkv = nn.Linear(
+        self.qkv = Projection(
             hidden, attended + 2 * config.num_key_value_heads * config.head_dim, bias=config.attention_bias
         )
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
-        self.o = nn.Linear(attended, hidden, bias=config.o_bias)
+        self.o = Projection(attended, hidden, bias=config.o_bias)
         self.post_norm = RMSNorm(hidden)
         if config.num_local_experts is None:
-            self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
-            self.down = nn.Linear(config.intermediate_size, hidden, bias=False)
+            self.gate_up = Projection(hidden, 2 * config.intermediate_size, bias=False)
+            self.down = Projection(config.intermediate_size, hidden, bias=False)
         else:
             self.router = nn.Linear(hidden, config.num_local_experts, bias=False)
             self.experts = Experts(config.num_local_experts, hidden, config.intermediate_size)
@@ -165,6 +191,8 @@ class Layer(nn.Module):
 
         selective = self.recompute == "selective" and torch.is_grad_enabled()
         with _not_saved(gate_up_T2F.shape, again) if selective else nullcontext():
+            if self.float8 is None and self.down.adapter is not None:
+                return swiglu_lora_linear(gate_up_T2F, self.down.weight, None, self.down.adapter.term()), residual_TD
             if self.float8 is None and self.recompute != "full":
                 return swiglu_linear(gate_up_T2F, self.down.weight), residual_TD
             h_TF = swiglu(gate_up_T2F)
@@ -180,22 +208,25 @@ class Layer(nn.Module):
         return branch_TD, residual_TD, (logits_TE, experts_TA)
 
     def _norm_project(
-        self, x_TD: Tensor, residual_TD: Tensor | None, norm: RMSNorm, matrix: nn.Linear
+        self, x_TD: Tensor, residual_TD: Tensor | None, norm: RMSNorm, matrix: Projection
     ) -> tuple[Tensor, Tensor]:
         """(projection of norm(s), s), s the stream x + residual, or x where there is no residual."""
         if self.float8 is not None:
             y_TD, s_TD = add_rms_norm(x_TD, residual_TD, norm.weight, self.eps)
             return self._project(y_TD, matrix), s_TD
-        result = rms_norm_linear(
-            *(x_TD, norm.weight, matrix.weight, matrix.bias), eps=self.eps, residual=residual_TD, return_sum=True
-        )
+        tensors = x_TD, norm.weight, matrix.weight, matrix.bias
+        if matrix.adapter is not None:
+            return rms_norm_lora_linear(*tensors, matrix.adapter.term(), eps=self.eps, residual=residual_TD)
+        result = rms_norm_linear(*tensors, eps=self.eps, residual=residual_TD, return_sum=True)
         assert isinstance(result, tuple)
         return result
 
-    def _project(self, x: Tensor, matrix: nn.Linear) -> Tensor:
+    def _project(self, x: Tensor, matrix: Projection) -> Tensor:
         if self.float8 is not None:
-            return fp8_linear(x, matrix.weight, matrix.bias, recipe=self.float8)
-        return linear(x, matrix.weight, matrix.bias)
+            y = fp8_linear(x, matrix.weight, matrix.bias, recipe=self.float8)
+        else:
+            y = linear(x, matrix.weight, matrix.bias)
+        return y if matrix.adapter is None else add_low_rank(y, x, matrix.adapter.term())
 
 
 def _not_saved(shape: torch.Size, compute: Callable[[], Tensor]) -> saved_tensors_hooks:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..data.config import DataConfig
+from .lora import LoraConfig
 from .optimizer import AdamWConfig
 from .parallel import ParallelConfig
 from .schedule import ScheduleConfig
@@ -79,6 +80,7 @@ class TrainRecipe(_Section):
     steps, tokens, epochs: exactly one says how long it runs. tokens counts positions of packed sequences; an epoch is
         as many sequences as all sources have together. Both are rounded up to whole steps.
     precision: of weights and computation. bfloat16 keeps an exact fp32 master of every weight (`optimizer.master`).
+    lora: train low-rank adapters and not the model's own weights (None: train these). One process.
     recompute: what backward computes again rather than forward keeping it: nothing, the gate and up projections
         (`selective`: most of the memory, a sixth more FLOPs), or whole layers (`full`). The gradients are the same.
     router_aux_loss_coef: weight of a mixture's load-balancing loss. None: as transformers would train the model, which
@@ -93,6 +95,7 @@ class TrainRecipe(_Section):
     data: DataConfig
     schedule: ScheduleConfig
     optimizer: AdamWConfig = AdamWConfig()
+    lora: LoraConfig | None = None
     batch: BatchConfig = BatchConfig()
     steps: int | None = Field(default=None, ge=1)
     tokens: int | None = Field(default=None, ge=1)

@@ -7,7 +7,8 @@ or on every rank of a torchrun. Rank 0 speaks and writes metrics; weights are wr
     metrics.jsonl                 one line per `log.every` steps and per validation
     checkpoints/step-NNNNNNNN/    what a resume needs
     exports/step-NNNNNNNN/        the model in Hugging Face form, every `export.every` steps
-    model/                        the trained model
+    model/                        the trained model; adapters are merged into it
+    adapter/                      with `lora`: the adapters alone, in PEFT's form, as are the exports of steps then
     manifest.json                 written last: inputs, recipe, versions, figures
 """
 
@@ -93,6 +94,10 @@ class Trainer:
         self.console = Console(highlight=False, quiet=self.rank > 0)
         self.device = pick_device(recipe.device, local_rank)
         self.config = ModelConfig.from_folder(recipe.model)
+        if recipe.lora is not None:
+            if self.world_size > 1:
+                raise ValueError(f"lora: works in one process only; there are {self.world_size}")
+            recipe.lora.resolved().targets(self.config)
         self.loader, self.validation_loaders = open_data(recipe, self.config)
         self.sources = self.loader.source_names
         self.sequences_per_step = recipe.batch.sequences * recipe.batch.micro_batches
@@ -136,7 +141,10 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         recipe, out = self.recipe, self.recipe.out
         self.ranks = Ranks.world() if self.world_size > 1 else Ranks()
-        model_files = self.ranks.from_first(lambda: hash_inputs([recipe.model]))
+        models = [recipe.model]
+        if recipe.lora is not None and recipe.lora.start is not None:
+            models.append(recipe.lora.start)
+        model_files = self.ranks.from_first(lambda: hash_inputs(models))
         self.model_hash = sha256_json(sorted((Path(path).name, entry["sha256"]) for path, entry in model_files.items()))
         self.inputs = model_files | hash_inputs(store.path for store in self.loader.stores)
         checkpoint = self.ranks.from_first(self._check_out)
@@ -160,6 +168,7 @@ class Trainer:
             accumulate_in_fp32=recipe.batch.micro_batches > self.world_size,
             mesh=make_mesh(self.device.type, recipe.parallel.replicas) if self.world_size > 1 else None,
             parallel=recipe.parallel,
+            lora=recipe.lora,
         )
         self.engine.decoder.recompute = recipe.recompute
         self.engine.decoder.float8 = recipe.float8
@@ -211,7 +220,7 @@ class Trainer:
                 if checkpoints:
                     self._checkpoint()
                 if exports:
-                    self._export(out / "exports" / f"step-{self.step:08d}")
+                    self._export(out / "exports" / f"step-{self.step:08d}", merged=False)
                 if self.step % _COLLECT_EVERY == 0:
                     gc.collect()
                 if stop:
@@ -278,7 +287,8 @@ class Trainer:
         """Queue a step's figures for reading, in one copy: of the device, and what only one rank's host knows, which
         is each rank's own entry in a sum over the ranks."""
         own = np.zeros((len(_HOST_FIGURES), self.world_size))
-        flops = sum(training_flops(self.config, np.diff(each.cu_seqlens)[each.source_ids >= 0]) for each in batches)
+        documents = [np.diff(each.cu_seqlens)[each.source_ids >= 0] for each in batches]
+        flops = sum(training_flops(self.config, each, frozen=self.recipe.lora is not None) for each in documents)
         own[:, self.rank] = [self.step_seconds, waited, flops, max(signals, default=0)]
         host = torch.from_numpy(own.ravel())
         if self.device.type == "cuda":
@@ -388,12 +398,15 @@ class Trainer:
             self.metrics.write("checkpoint failed", self.step, error=str(failure))
         return failure is not None
 
-    def _export(self, path: Path) -> None:
+    def _export(self, path: Path, merged: bool) -> None:
+        """Publish the model. merged: with adapters in it, of a run that trains adapters; else they are published."""
         self._at(f"export to {path.name}")
         if self.ranks.from_first(path.exists):  # published by a process that was killed right after
             return
         dtype = self.recipe.export.dtype
         provenance = {"recipe": self.recipe.model_dump(mode="json"), "step": self.step, "inputs": self.inputs}
+        if self.recipe.lora is not None and not merged:
+            return self.engine.export_adapter(path, provenance)
         self.engine.export(
             path,
             getattr(torch, dtype) if dtype else None,
@@ -482,7 +495,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Publish the model, then the manifest that says the run is complete."""
-        self._export(self.recipe.out / "model")
+        if self.recipe.lora is not None:
+            self._export(self.recipe.out / "adapter", merged=False)
+        self._export(self.recipe.out / "model", merged=True)
         manifest = self.ranks.from_first(self._write_manifest)
         self.console.print(f"trained model: {self.recipe.out / 'model'}")
         return manifest
@@ -497,6 +512,7 @@ class Trainer:
             "epochs": dict(self.loader.order.epochs(self.cursor)),
             "skipped_steps": self.skipped_steps,
             "parameters": sum(parameter.numel() for parameter in self.engine.decoder.parameters()),
+            "trained_parameters": sum(each.numel() for each in self.engine.optimizer.parameters.values()),
             "loss": [record["loss"] for record in records if record["event"] == "train"][-1],
         }
         validations = [record["losses"] for record in records if record["event"] == "validation"]

@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _STACKED = ".mlp.experts.gate_up_proj"  # in a folder whose experts are stacked
 
 
+Change = Callable[[str, int, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Placement:
     """One tensor of the folder is the elements [offset, offset + numel) of a parameter thought of as a flat array."""
@@ -61,13 +64,15 @@ class Placement:
 
 
 def hf_tensors(decoder: Decoder, stacked_experts: bool = False) -> dict[str, Placement]:
-    """{Hugging Face tensor name: Placement} of all weights; every parameter is covered exactly, once.
+    """{Hugging Face tensor name: Placement} of all weights; every parameter (adapters aside) is covered exactly, once.
 
     A mixture's experts have a tensor for each matrix (w1 gate, w3 up, w2 down) in released models and in what
     transformers writes, or with `stacked_experts` two for all of them, as transformers 5 holds them in memory.
     """
     tensors: dict[str, Placement] = {}
     for name, parameter in decoder.named_parameters():
+        if ".adapter." in name:
+            continue
         shape = tuple(parameter.shape)
         if not name.startswith("layers."):
             tensors[name if name.startswith("lm_head.") else f"model.{name}"] = Placement(name, 0, shape)
@@ -232,6 +237,7 @@ def export_model(
     *,
     parallel_write: bool = True,
     ranks: Ranks | None = None,
+    change: Change | None = None,
 ) -> None:
     """Publish a decoder as a Hugging Face folder: names, order and shards of the folder it came from, whose config,
     tokenizer, chat template and licence files are carried along.
@@ -250,6 +256,8 @@ def export_model(
         parallel_write: False for file systems on which processes cannot write one file side by side: rank 0 collects
             the weights in small pieces and writes alone.
         ranks: who shares the decoder; None: all ranks if any parameter is a DTensor, else this process alone.
+        change: what is stored instead of some flat elements of a tensor of the folder, from its name, the number of the
+            first of them and their values; in any dtype, and rounded afterwards. What a merge of adapters is made of.
 
     Raises:
         FileExistsError: `out` is not empty.
@@ -296,13 +304,16 @@ def export_model(
             if ranks.rank == 0:
                 for name in computed:
                     writer.write(name, source.get(name))
-            writer.write_pieces(_stored_pieces(placements, shards, stored))
+            writer.write_pieces(_stored_pieces(placements, shards, stored, change))
         inputs = _hash_model(source) if ranks.rank == 0 else {}
         write_model_manifest(folder, "model", inputs=inputs, provenance=dict(provenance or {}), ranks=ranks)
 
 
 def _stored_pieces(
-    placements: Mapping[str, Placement], shards: Mapping[str, LocalShard], stored: Mapping[str, torch.dtype]
+    placements: Mapping[str, Placement],
+    shards: Mapping[str, LocalShard],
+    stored: Mapping[str, torch.dtype],
+    change: Change | None,
 ) -> Iterator[Piece]:
     """What this rank stores of each tensor, in the order of `placements`, in the dtypes of `stored`, on the host."""
     device = next(shard.values.device for shard in shards.values())
@@ -313,7 +324,8 @@ def _stored_pieces(
         first, part = shard.part_of(placement.offset, placement.offset + placement.numel)
         if shard.writes:
             pieces += [(name, first + lo, part[lo:hi]) for lo, hi in chunks(part.numel())]
-    on_host = staging.to_host(part.to(stored[name]) for name, _, part in pieces)
+    changed = (part if change is None else change(name, first, part) for name, first, part in pieces)
+    on_host = staging.to_host(part.to(stored[name]) for (name, _, _), part in zip(pieces, changed))
     for (name, first, _), values in zip(pieces, on_host):
         if not is_finite(values):
             raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); nothing was exported")

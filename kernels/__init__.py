@@ -17,6 +17,7 @@ from .grouped_mm import grouped_mm, grouped_weight_grad
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lm_head import FusedLMHead
+from .lora import LowRank, add_low_rank, rms_norm_lora_linear, swiglu_lora_linear
 from .moe import moe_experts, moe_mlp, permute, unpermute
 from .moe_routing import expert_load, load_balancing_loss, route, sort_by_expert
 from .patch import PatchReport, patch, unpatch
@@ -28,6 +29,7 @@ from .swiglu import swiglu
 __all__ = [
     "adamw_",
     "AdamWShard",
+    "add_low_rank",
     "add_rms_norm",
     "attention",
     "attention_backend",
@@ -46,6 +48,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "load_balancing_loss",
+    "LowRank",
     "moe_experts",
     "moe_mlp",
     "NeftuneNoise",
@@ -54,6 +57,7 @@ __all__ = [
     "permute",
     "rms_norm",
     "rms_norm_linear",
+    "rms_norm_lora_linear",
     "rope",
     "rope_qkv",
     "route",
@@ -61,6 +65,7 @@ __all__ = [
     "squared_norm",
     "swiglu",
     "swiglu_linear",
+    "swiglu_lora_linear",
     "unpatch",
     "unpermute",
 ]

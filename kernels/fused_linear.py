@@ -20,7 +20,7 @@ from .rms_norm import add_rms_norm, check_norm, norm_backward, norm_forward, rms
 from .swiglu import check_gate_up, swiglu, swiglu_backward, swiglu_forward
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`linear` in the dtype of its operands: backward multiplies outside of the autocast region that forward ran in."""
     if not torch.is_autocast_enabled(x.device.type):  # entering a region costs more than a small product
         return linear(x, weight, bias)
@@ -35,7 +35,7 @@ class _RMSNormLinear(torch.autograd.Function):
         ctx.save_for_backward(s, rstd, norm_weight, weight)
         ctx.has_residual, ctx.exact_hf = residual is not None, exact_hf
         ctx.set_materialize_grads(False)
-        out = _product(y, weight, bias)
+        out = product(y, weight, bias)
         return (out, s) if return_sum else out
 
     @staticmethod
@@ -45,7 +45,7 @@ class _RMSNormLinear(torch.autograd.Function):
             return ds, ds if ctx.has_residual else None, None, None, None, None, None, None
         s, rstd, norm_weight, weight = ctx.saved_tensors
         need_dw, need_db = ctx.needs_input_grad[3:5]
-        dy = _product(d_out, weight.t())
+        dy = product(d_out, weight.t())
         dx, d_norm_weight = norm_backward(dy, ds, s, norm_weight, rstd, ctx.exact_hf, recompute=need_dw)
         dw = d_out.t() @ dy if need_dw else None  # dy holds y by now
         db = d_out.sum(0) if need_db else None
@@ -57,14 +57,14 @@ class _SwiGLULinear(torch.autograd.Function):
     def forward(ctx, gate_up, weight, bias, exact_hf: bool):
         ctx.save_for_backward(gate_up, weight)
         ctx.exact_hf = exact_hf
-        return _product(swiglu_forward(gate_up, exact_hf), weight, bias)
+        return product(swiglu_forward(gate_up, exact_hf), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: torch.Tensor):
         gate_up, weight = ctx.saved_tensors
         _, need_dw, need_db, _ = ctx.needs_input_grad
-        dh = _product(d_out, weight.t())
+        dh = product(d_out, weight.t())
         d_gate_up = swiglu_backward(dh, gate_up, ctx.exact_hf, recompute=need_dw)
         dw = d_out.t() @ dh if need_dw else None  # dh holds h by now
         return d_gate_up, dw, d_out.sum(0) if need_db else None, None
@@ -112,10 +112,10 @@ def rms_norm_linear(
         return _RMSNormLinear.apply(x, residual, norm_weight, weight, bias, eps, exact_hf, return_sum)
     # Nothing below the product is trained: its input is all that backward asks for, and s is not kept.
     if residual is None:
-        out = _product(rms_norm(x, norm_weight, eps, exact_hf=exact_hf), weight, bias)
+        out = product(rms_norm(x, norm_weight, eps, exact_hf=exact_hf), weight, bias)
         return (out, x) if return_sum else out
     y, s = add_rms_norm(x, residual, norm_weight, eps, exact_hf=exact_hf)
-    return _product(y, weight, bias), s
+    return product(y, weight, bias), s
 
 
 def swiglu_linear(
@@ -138,7 +138,7 @@ def swiglu_linear(
     _check_linear("swiglu_linear", gate_up, gate_up.shape[1] // 2, weight, bias)
     if gate_up.requires_grad:
         return _SwiGLULinear.apply(gate_up, weight, bias, exact_hf)
-    return _product(swiglu(gate_up, exact_hf=exact_hf), weight, bias)  # h is all that backward asks for
+    return product(swiglu(gate_up, exact_hf=exact_hf), weight, bias)  # h is all that backward asks for
 
 
 def _check_linear(function: str, x: torch.Tensor, width: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
