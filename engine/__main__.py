@@ -1,4 +1,4 @@
-"""`python -m steep.engine RECIPE [key=value ...]`: training, alone or under torchrun.
+"""`python -m steep.engine RECIPE [key=value ...] [--plan]`: training, alone or under torchrun; or what it will take.
 
 Status: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 the system failed (disk, network); 2 the user's
 mistake; 3 the run diverged; 4 another process is dead or stuck; 130 stopped by SIGINT with a checkpoint.
@@ -14,7 +14,7 @@ def main() -> None:
     """Train by a recipe; what ends it is one line on stderr."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m steep.engine RECIPE [key=value ...]", file=sys.stderr if not arguments else sys.stdout)
+        print("usage: python -m steep.engine RECIPE [key=value ...] [--plan]", file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else 2)
     from .ranks import is_agreed
     from .trainer import TrainingDiverged, train
@@ -24,6 +24,13 @@ def main() -> None:
         TrainingDiverged: 3, PeerLost: PEER_LOST, ValueError: 2, FileNotFoundError: 2, FileExistsError: 2, OSError: 1,
     }  # fmt: skip
     try:
+        if "--plan" in arguments:
+            from .plan_report import plan_command
+            from .recipe import load_recipe
+
+            recipe, *overrides = [argument for argument in arguments if argument != "--plan"] or [""]
+            plan_command(load_recipe(recipe, overrides))
+            return
         train(arguments[0], arguments[1:])
     except tuple(statuses) as error:
         rank = int(os.environ.get("RANK", "0"))

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from ..kernels.linear_cross_entropy import chunk_plan
@@ -25,7 +26,7 @@ from .memory import (
     recomputed_bytes_per_token,
     saved_bytes_per_token,
 )
-from .metrics import product_weights
+from .metrics import full_attention_flops, product_weights, training_flops
 from .model import Decoder, Float8, Recompute
 from .optimizer import BUCKET_BYTES, AdamWConfig
 from .parallel import REDUCE_DTYPES, ParallelConfig
@@ -276,13 +277,15 @@ _PRODUCTS, _FLOAT8_PRODUCTS, _ATTENTION, _STREAMS, _COLLECTIVES = 0.70, 0.55, 0.
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one step, over all ranks. document_true: attention within documents, what `metrics.mfu` counts;
-    full: as if every sequence were one document without a causal mask; computed: what is really done, with what is
-    computed again."""
+    """FLOPs of one step, over all ranks. document_true: attention within documents, no padding (`training_flops`); full:
+    as if every sequence were one document without a causal mask (`full_attention_flops`). Of what is computed really:
+    attention, products, and what is computed a second time."""
 
     document_true: float
     full: float
-    computed: float
+    attention: float
+    products: float
+    again: float
 
 
 @dataclass(frozen=True)
@@ -312,19 +315,21 @@ class Time:
         return sum(self.parts.values())
 
 
-def work(config: ModelConfig, job: Job, document_true: float, full: float) -> Work:
-    """document_true, full: FLOPs of one step over all ranks (`metrics.training_flops`, `full_attention_flops`)."""
+def work(config: ModelConfig, job: Job, lengths: np.ndarray, seq_len: int) -> Work:
+    """lengths: of the documents of one step, over all ranks, in sequences of seq_len."""
     tokens = job.tokens * job.micro_batches * job.gpus
+    document_true = training_flops(config, lengths)
+    attention = document_true - 6.0 * product_weights(config) * float(lengths.sum())
     width = config.intermediate_size * (config.num_experts_per_tok or 1)
     layers, hidden = config.num_hidden_layers, config.hidden_size
     again = 0.0
     if job.recompute == "selective":
         again = 2.0 * tokens * layers * hidden * 2 * width
-    if job.recompute == "full":
-        weights = product_weights(config) - hidden * config.vocab_size - layers * hidden * width
-        attention = document_true - 6.0 * product_weights(config) * tokens
-        again = 2.0 * tokens * weights + max(attention, 0.0) / 3
-    return Work(document_true, full, document_true + again)
+    if job.recompute == "full":  # a layer's last product excepted
+        again = 2.0 * tokens * (product_weights(config) - hidden * config.vocab_size - layers * hidden * width)
+        again += attention / 3
+    full = full_attention_flops(config, tokens, seq_len)
+    return Work(document_true, full, attention, 6.0 * product_weights(config) * tokens, again)
 
 
 def traffic(config: ModelConfig, job: Job) -> Traffic:
@@ -358,16 +363,14 @@ def traffic(config: ModelConfig, job: Job) -> Traffic:
 def expected_time(config: ModelConfig, job: Job, gpu: Gpu, done: Work, moved: Traffic) -> Time:
     """Expected seconds of one step. Collectives run beside computation; what is longer counts."""
     parameters, tokens = Parameters.of(config), job.tokens * job.micro_batches
-    products = 6.0 * product_weights(config) * tokens
     head = 6.0 * config.hidden_size * config.vocab_size * tokens
-    attention = max(done.document_true / job.gpus - products, 0.0)
-    again = (done.computed - done.document_true) / job.gpus
+    products = (done.products + done.again) / job.gpus
     # what has no float8: the head, and the experts of a mixture
-    lower = 0.0 if job.float8 is None or config.num_local_experts else products + again - head
+    lower = 0.0 if job.float8 is None or config.num_local_experts else products - head
     peak = gpu.bf16_flops if job.dtype == torch.bfloat16 else gpu.bf16_flops / 15  # fp32, without tensor cores
     seconds = {
-        "products": (products + again - lower) / (peak * _PRODUCTS),
-        "attention": attention / (peak * _ATTENTION),
+        "products": (products - lower) / (peak * _PRODUCTS),
+        "attention": done.attention / job.gpus / (peak * _ATTENTION),
         "elementwise": tokens * _streamed_bytes_per_token(config, job) / (gpu.bandwidth * _STREAMS),
     }
     if lower:
@@ -380,9 +383,13 @@ def expected_time(config: ModelConfig, job: Job, gpu: Gpu, done: Work, moved: Tr
     if job.optimizer.offload:
         seconds["optimizer"] += (moved.host_to_device + moved.device_to_host) / (gpu.host * _STREAMS)
 
-    crosses_nodes = job.shards > job.gpus_per_node
-    sharding = (moved.all_gather + moved.reduce_scatter) / ((gpu.network if crosses_nodes else gpu.link) * _COLLECTIVES)
-    between = moved.all_reduce / ((gpu.network if job.gpus > job.gpus_per_node else gpu.link) * _COLLECTIVES)
+    # A copy of the model that spans machines uses the network of all their GPUs together; between copies on several
+    # machines each GPU has its own.
+    machine = min(gpu.link, gpu.network * job.gpus_per_node)
+    within = gpu.link if job.shards <= job.gpus_per_node else machine
+    across = gpu.link if job.gpus <= job.gpus_per_node else gpu.network
+    sharding = (moved.all_gather + moved.reduce_scatter) / (within * _COLLECTIVES)
+    between = moved.all_reduce / (across * _COLLECTIVES)
     hidden_behind = seconds["products"] + seconds["attention"] + seconds["elementwise"]
     seconds["communication"] = max(sharding + between - hidden_behind, 0.0)
     return Time(seconds)
