@@ -218,11 +218,13 @@ class _Moments:
         config, tokens, size = self.config, self.job.tokens, self.job.dtype.itemsize
         if self.gpu is None:
             buffers: float = min(tokens, _CPU_CHUNK) * config.vocab_size * size
-            own = 0 if self.main_grad else 4 * self.head
-            # a bf16 product is made aside, from a copy of the transposed chunk, before the memory of `own` is touched
-            return buffers + own if size == 4 else buffers + self.head * size + max(buffers, own)
-        buffers = chunk_plan(tokens, -(-config.vocab_size // 64) * 64 * size, int(self.gpu.memory))[1]
-        return buffers + (0 if self.main_grad else 4 * self.head)
+            if size == 2:  # a bf16 product is made aside, from a copy of the transposed chunk
+                buffers += self.head * size + (buffers if self.main_grad else 0)
+        else:
+            buffers = chunk_plan(tokens, -(-config.vocab_size // 64) * 64 * size, int(self.gpu.memory))[1]
+        if self.main_grad:
+            return buffers
+        return 4 * self.head + max(buffers, self.head * size)  # in backward it is rounded to the weights' dtype
 
     def _layer(self) -> float:
         """Gradients of activations, and a weight's gradient before it is added to the sum or has been reduced."""
@@ -255,7 +257,8 @@ class _Moments:
         ends = parameters.size("") + parameters.size("lm_head")
         if moment == "optimizer":
             return 0.0, 0.0
-        stays = not job.parallel.reshard_after_forward or self.reduces_once
+        # reduced once, weights stay from each backward but the last to the end of the next forward
+        stays = not job.parallel.reshard_after_forward or (self.reduces_once and moment == "embedding")
         gathered = ends + (self.config.num_hidden_layers if stays else 2) * layer
         buffer = 0 if stays and moment != "loss" else layer
         reduced = 0.0

@@ -67,10 +67,12 @@ def make_plan(recipe: TrainRecipe, gpu: str | None = None, gpus: int = 1, gpus_p
     if card is None:
         capacity = float(available_memory())
         needed = memory(config, job)
-        if needed.total > capacity:
+        everything = gpus * (needed.total + sum(needed.host.values()))
+        if everything > capacity:
             raise ValueError(
-                f"does not fit: a step takes {_gb(needed.total)} of the {_gb(capacity)} of memory that this machine "
-                "has to give; what helps: recompute, a smaller data.seq_len or batch.sequences"
+                f"does not fit: {gpus} processes take {bytes_text(everything)} of the {bytes_text(capacity)} of memory "
+                "that this machine has to give. What would help: checkpoint.background=false, recompute=full, a smaller "
+                "data.seq_len or batch.sequences"
             )
         return Plan(job, None, capacity, needed, done, None, None, total_steps, targets)
     needed = check_fits(config, job, card)
@@ -128,15 +130,15 @@ def print_plan(plan: Plan, console: Console) -> None:
     where = "on this machine's CPU" if plan.gpu is None else f"per {plan.gpu.name}, {job.gpus} of them"
     table = Table(title=f"memory {where}", title_justify="left")
     table.add_column("kind")
-    table.add_column("GB", justify="right")
+    table.add_column("bytes", justify="right")
     for kind, size in plan.memory.kinds.items():
         if size:
-            table.add_row(kind, _number(size))
+            table.add_row(kind, bytes_text(size))
     table.add_section()
-    table.add_row(f"all, at most (at {plan.memory.at})", _number(plan.memory.total))
-    table.add_row("there is", f"{_number(plan.capacity)} ({plan.memory.total / plan.capacity:.0%} used)")
+    table.add_row(f"all, at most (at {plan.memory.at})", bytes_text(plan.memory.total))
+    table.add_row("there is", f"{bytes_text(plan.capacity)} ({plan.memory.total / plan.capacity:.0%} used)")
     for kind, size in plan.memory.host.items():
-        table.add_row(f"in host memory: {kind}", _number(size))
+        table.add_row(f"in host memory: {kind}", bytes_text(size))
     console.print(table)
 
     table = Table(title="one step", title_justify="left")
@@ -152,13 +154,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_section()
         for name, size in vars(plan.moved).items():
             if size:
-                table.add_row(f"GB per GPU, {name.replace('_', ' ')}", _number(size))
+                table.add_row(f"per GPU, {name.replace('_', ' ')}", bytes_text(size))
     console.print(table)
     if plan.time is None or plan.gpu is None:
         console.print("no time is predicted for a CPU; --gpu names a GPU to plan for")
         return
 
-    table = Table(title="expected time of a step, where nothing waits for data", title_justify="left")
+    table = Table(title="expected time of a step", title_justify="left")
     table.add_column("part")
     table.add_column("seconds", justify="right")
     for part, seconds in plan.time.parts.items():
@@ -180,9 +182,7 @@ def plan_command(recipe: TrainRecipe, **options: Any) -> None:
     print_plan(make_plan(recipe, **options), Console(highlight=False))
 
 
-def _number(size: float) -> str:
-    return f"{size / 1e9:,.2f}" if size >= 1e8 else f"{size / 1e9:,.4f}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def bytes_text(size: float) -> str:
+    """In decimal units, as data sheets have them."""
+    unit, name = next(((1000**n, name) for n, name in ((3, "GB"), (2, "MB"), (1, "kB")) if size >= 1000**n), (1, "B"))
+    return f"{size / unit:,.2f} {name}" if unit > 1 else f"{size:.0f} B"
