@@ -71,20 +71,20 @@ _CHOICES = ((2, "none"), (1, "none"), (2, "selective"), (1, "selective"), (1, "f
 _USABLE = 0.95  # of the memory, as an allocator wastes some
 
 
-def run(case: Case, *, scale: str = "full", loops: Iterable[str] = LOOPS, timeout: float | None = None) -> dict[str, Any]:
+def run(
+    case: Case, *, scale: str = "full", loops: Iterable[str] = LOOPS, timeout: float | None = None
+) -> dict[str, Any]:
     """Measure the loops on one case.
 
     Raises:
         ValueError: no GPU is there for a real shape; an option that is not known; it does not fit (by the plan).
     """
-    from ..engine.plan import expected_time, memory, traffic, work
+    from ..engine.plan import check_fits, expected_time, memory, traffic, work
 
     case = dataclasses.replace(case, scale=scale)
     _check(case)
     config, job, gpu = _config(case), _job(case), _gpu()
     if gpu is not None:
-        from ..engine.plan import check_fits
-
         check_fits(config, job, gpu)
     figures: dict[str, Any] = {**dataclasses.asdict(case), "device": "cpu" if gpu is None else gpu.name}
     batches = _batches(case, config)

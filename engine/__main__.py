@@ -14,7 +14,8 @@ def main() -> None:
     """Train by a recipe; what ends it is one line on stderr."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m steep.engine RECIPE [key=value ...] [--plan]", file=sys.stderr if not arguments else sys.stdout)
+        usage = "usage: python -m steep.engine RECIPE [key=value ...] [--plan]"
+        print(usage, file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
     from .ranks import is_agreed
     from .trainer import TrainingDiverged, train

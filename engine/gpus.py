@@ -15,8 +15,8 @@ class Gpu:
     """One GPU. FLOP/s are dense (no sparsity), bandwidths bytes/s.
 
     memory: what torch reports as total, a little less than what the name says. float8_flops: None where there is none.
-    link: to the other GPUs of its machine, each way. host: to host memory, each way. network: its share of the machine's
-    network in the vendor's own design (one 400 or 200 Gb/s port per GPU).
+    link: to the other GPUs of its machine, each way. host: to host memory, each way. network: its share of the
+    machine's network in the vendor's own design (one 400 or 200 Gb/s port per GPU).
     """
 
     name: str

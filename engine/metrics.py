@@ -21,6 +21,7 @@ from ..data.files import atomic_write
 from .config import ModelConfig
 from .gpus import gpu_of
 
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak of a GPU in FLOP/s; None on a CPU, in fp32, or for a GPU that `gpus.py` does not list."""
     if device.type != "cuda" or dtype != torch.bfloat16:

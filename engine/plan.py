@@ -280,9 +280,9 @@ _PRODUCTS, _FLOAT8_PRODUCTS, _ATTENTION, _STREAMS, _COLLECTIVES = 0.70, 0.55, 0.
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one step, over all ranks. document_true: attention within documents, no padding (`training_flops`); full:
-    as if every sequence were one document without a causal mask (`full_attention_flops`). Of what is computed really:
-    attention, products, and what is computed a second time."""
+    """FLOPs of one step, over all ranks. document_true: attention within documents, no padding (`training_flops`).
+    full: as if every sequence were one document without a causal mask (`full_attention_flops`). Of what is computed
+    really: attention, products, and what is computed a second time."""
 
     document_true: float
     full: float

@@ -71,8 +71,8 @@ def make_plan(recipe: TrainRecipe, gpu: str | None = None, gpus: int = 1, gpus_p
         if everything > capacity:
             raise ValueError(
                 f"does not fit: {gpus} processes take {bytes_text(everything)} of the {bytes_text(capacity)} of memory "
-                "that this machine has to give. What would help: checkpoint.background=false, recompute=full, a smaller "
-                "data.seq_len or batch.sequences"
+                "that this machine has to give. What would help: checkpoint.background=false, recompute=full, a "
+                "smaller data.seq_len or batch.sequences"
             )
         return Plan(job, None, capacity, needed, done, None, None, total_steps, targets)
     needed = check_fits(config, job, card)
