@@ -34,6 +34,8 @@ from .recipe import TrainRecipe
 
 _CONTEXT_BYTES = 1.0e9  # a CUDA context with cuBLAS, NCCL and Triton's kernels: outside of what torch allocates
 _CPU_CHUNK = 512  # rows of logits that a CPU holds at once
+_CPU_PIECE = 1 << 19  # elements that its AdamW takes at a time, with so many bytes of fp32 copies and random words each
+_CPU_PIECE_BYTES = 54
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,10 @@ class _Moments:
         return self.job.tokens * size * self.config.hidden_size + table * (size + converted)
 
     def _optimizer(self) -> float:
-        return 2 * BUCKET_BYTES if self.job.optimizer.offload and self.gpu is not None else 0.0
+        if self.gpu is None:
+            piece = min(max(map(math.prod, self.parameters.shapes)), _CPU_PIECE)
+            return piece * (_CPU_PIECE_BYTES if self.job.dtype == torch.bfloat16 else 4)
+        return 2 * BUCKET_BYTES if self.job.optimizer.offload else 0.0
 
     def _communication(self, moment: str) -> tuple[float, float]:
         """(gathered weights, buffers of collectives): FSDP gathers a layer ahead, in a buffer from which it copies,

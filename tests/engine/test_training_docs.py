@@ -101,7 +101,7 @@ def test_the_script_is_valid():
     assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", text, re.MULTILINE)
 
 
-# What Slurm and torchrun do, as far as the script needs it: srun starts one task, scancel signals it, and torchrun starts
+# What Slurm and torchrun do, as far as the script needs it: srun starts one task, scancel signals it, torchrun starts
 # one process that ends a moment after the signal, as a checkpoint takes time.
 WAIT = "wait $!; status=$?; while kill -0 $! 2>/dev/null; do wait $!; status=$?; done; exit $status"
 STUBS = {
