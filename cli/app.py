@@ -234,7 +234,7 @@ def bench_train(
         typer.Option(help="A model folder (CPU), or qwen2.5-7b, mistral-7b, mistral-small-24b, mixtral-8x7b (GPU)."),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Documents (needs a model folder); else generated ones.")] = None,
-    gpu_check: Annotated[bool, typer.Option("--gpu-check", help="All that issues name for one GPU, in 8 min.")] = False,
+    gpu_check: Annotated[bool, typer.Option("--gpu-check", help="All targets of one GPU, in 8 minutes.")] = False,
     scale: Annotated[str, typer.Option(help="full, or tiny: the same code on a small shape, on a CPU too.")] = "full",
     seq_len: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 8192,
     sequences: Annotated[int, typer.Option(help="Packed sequences of a step.")] = 1,
