@@ -12,7 +12,7 @@ import sys
 
 def main() -> None:
     """Train by a recipe; what ends it is one line on stderr."""
-    arguments = sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--plan"]
     if not arguments or arguments[0] in ("-h", "--help"):
         usage = "usage: python -m steep.engine RECIPE [key=value ...] [--plan]"
         print(usage, file=sys.stdout if arguments else sys.stderr)
@@ -25,12 +25,11 @@ def main() -> None:
         TrainingDiverged: 3, PeerLost: PEER_LOST, ValueError: 2, FileNotFoundError: 2, FileExistsError: 2, OSError: 1,
     }  # fmt: skip
     try:
-        if "--plan" in arguments:
+        if "--plan" in sys.argv:
             from .plan_report import plan_command
             from .recipe import load_recipe
 
-            recipe, *overrides = [argument for argument in arguments if argument != "--plan"] or [""]
-            plan_command(load_recipe(recipe, overrides))
+            plan_command(load_recipe(arguments[0], arguments[1:]))
             return
         train(arguments[0], arguments[1:])
     except tuple(statuses) as error:
