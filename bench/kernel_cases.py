@@ -274,7 +274,7 @@ def adamw(at: Place, count: int, param: torch.dtype, residual: Residual, moments
         if param == moments == torch.float32:
             exp_avgs, exp_avg_sqs = ([torch.zeros_like(p) for p in params] for _ in range(2))
             copies = [p.clone() for p in params]
-            functions["torch fused"] = lambda: torch._fused_adamw_(
+            functions["torch"] = lambda: torch._fused_adamw_(
                 copies, grads, exp_avgs, exp_avg_sqs, [], [step] * 16, lr=1e-5, beta1=0.9, beta2=0.95,
                 weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip

@@ -142,9 +142,9 @@ def train(
         return
     if gpu is not None:
         raise ValueError("--gpu names a GPU to plan for: give --plan too (device=cuda trains on one)")
-    from ..engine.trainer import train as run
+    from ..engine.__main__ import main as run
 
-    run(recipe, overrides or [])
+    run([str(recipe), *(overrides or [])])
 
 
 @app.command()
@@ -268,6 +268,20 @@ def bench_plan(out: RecordOption = None) -> None:
     from ..bench.record import record
 
     _print_json(record("plan", plan.run(), out))
+
+
+@bench_app.command("ranks")
+def bench_ranks(
+    out: RecordOption = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder; else random weights of SmolLM2's shape.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    sequences: Annotated[int, typer.Option(help="Of 512 tokens, of each process in each step.")] = 4,
+) -> None:
+    """CPU processes that train one model together, against as many that train alone: what sharding costs."""
+    from ..bench import ranks as bench
+    from ..bench.record import record
+
+    _print_json(record("ranks", bench.run(model, ranks=ranks, sequences=sequences), out))
 
 
 @bench_app.command("data")

@@ -10,9 +10,12 @@ import os
 import sys
 
 
-def main() -> None:
-    """Train by a recipe; what ends it is one line on stderr."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--plan"]
+def main(arguments: list[str] | None = None) -> None:
+    """Train by a recipe; what ends it is one line on stderr. arguments: those of the command line if None."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    plan = "--plan" in arguments
+    arguments = [argument for argument in arguments if argument != "--plan"]
     if not arguments or arguments[0] in ("-h", "--help"):
         usage = "usage: python -m steep.engine RECIPE [key=value ...] [--plan]"
         print(usage, file=sys.stdout if arguments else sys.stderr)
@@ -25,7 +28,7 @@ def main() -> None:
         TrainingDiverged: 3, PeerLost: PEER_LOST, ValueError: 2, FileNotFoundError: 2, FileExistsError: 2, OSError: 1,
     }  # fmt: skip
     try:
-        if "--plan" in sys.argv:
+        if plan:
             from .plan_report import plan_command
             from .recipe import load_recipe
 

@@ -28,7 +28,7 @@ from .safetensors_io import SafetensorsFolder, SafetensorsWriter, TensorSpec, by
 from .shards import local_shard
 from .staging import HostMemory, Staging
 
-_KIND = "checkpoint"
+KIND = "checkpoint"
 _SHARD_BYTES = 4 << 30
 _CELL = 1 << 20  # elements of a tensor that have a checksum of their own, and are read and written at a time
 _CELL_BYTES = _CELL * 8  # of the widest dtype
@@ -60,7 +60,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """Step, cursor and fingerprints as given to `save`."""
-    return read_manifest(path, _KIND)["config"]
+    return read_manifest(path, KIND)["config"]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -205,7 +205,7 @@ class CheckpointWriter:
                 }
                 checksums = _join_sums(specs, [entry for entries, _ in of_all for entry in entries])
                 config = {**progress, "step": step}
-                write_manifest(folder, make_manifest(_KIND, config=config, figures=figures, checksums=checksums))
+                write_manifest(folder, make_manifest(KIND, config=config, figures=figures, checksums=checksums))
         with ranks.together():
             if ranks.rank == 0:
                 self._thin_out(step)
@@ -215,7 +215,7 @@ class CheckpointWriter:
         latest = checkpoint_path(self.folder, step)
         whole = [path for path in list_checkpoints(self.folder) if path.name <= latest.name]
         kept = whole[: self.keep]
-        kept += [path for path in whole if read_manifest(path, _KIND)["figures"]["healthy"]][:1]
+        kept += [path for path in whole if read_manifest(path, KIND)["figures"]["healthy"]][:1]
         for path in whole:
             if path not in kept:
                 _delete(path)
@@ -237,7 +237,7 @@ def load_state(path: Path, state: Mapping[str, Tensor], ranks: Ranks | None = No
     with contextlib.ExitStack() as stack:
         with ranks.together(), _damage_named(path):
             source = stack.enter_context(SafetensorsFolder(path))
-            checksums: dict[str, str] = read_manifest(path, _KIND)["checksums"]
+            checksums: dict[str, str] = read_manifest(path, KIND)["checksums"]
         with ranks.together():
             _check_entries(path, source, state)
         with ranks.together(), _damage_named(path):
@@ -269,14 +269,15 @@ def load_newest(folder: Path, state: Mapping[str, Tensor], ranks: Ranks | None =
 
 def verify_checksums(path: Path) -> list[str]:
     """What of a checkpoint does not have the checksums it was written with: a line for each tensor."""
-    checksums = read_manifest(path, _KIND)["checksums"]
+    checksums = read_manifest(path, KIND)["checksums"]
     problems = []
     with SafetensorsFolder(path) as source:
         staging = Staging(torch.device("cpu"), _CELL_BYTES)
         for name in source.names:
+            count = source.numel(name)
             try:
-                for lo in range(0, source.numel(name), _CELL):
-                    _read_cell(source, checksums.get(name, ""), name, lo // _CELL, staging)
+                for cell in source.read_ahead((name, lo, min(lo + _CELL, count)) for lo in range(0, count, _CELL)):
+                    _read_cell(source, checksums.get(name, ""), *cell, staging)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
     return problems
@@ -329,24 +330,27 @@ def _check_entries(path: Path, source: SafetensorsFolder, state: Mapping[str, Te
 
 @torch.no_grad()
 def _read(source: SafetensorsFolder, checksums: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    shards = {name: local_shard(state[name]) for name in source.names}
+    cells = []
+    for name, shard in shards.items():
+        if shard.values.numel():
+            begins = range(shard.first - shard.first % _CELL, shard.last, _CELL)
+            cells += [(name, lo, min(lo + _CELL, shard.total)) for lo in begins]
     staging: Staging | None = None
-    for name in source.names:
-        shard = local_shard(state[name])
-        if staging is None or staging.device != shard.values.device:
-            staging = Staging(shard.values.device, _CELL_BYTES)
-        for lo in range(shard.first - shard.first % _CELL, shard.last, _CELL):
-            first, part = shard.part_of(lo, lo + _CELL)
-            if part.numel():
-                values = _read_cell(source, checksums.get(name, ""), name, lo // _CELL, staging)
-                part.copy_(values[first : first + part.numel()], non_blocking=True)
-                staging.mark()
+    for name, lo, hi in source.read_ahead(cells):
+        first, part = shards[name].part_of(lo, hi)
+        if staging is None or staging.device != part.device:
+            staging = Staging(part.device, _CELL_BYTES)
+        values = _read_cell(source, checksums.get(name, ""), name, lo, hi, staging)
+        part.copy_(values[first : first + part.numel()], non_blocking=True)
+        staging.mark()
 
 
-def _read_cell(source: SafetensorsFolder, checksums: str, name: str, cell: int, staging: Staging) -> Tensor:
-    """A whole cell in a buffer of `staging`, verified."""
-    lo, hi = cell * _CELL, min((cell + 1) * _CELL, source.numel(name))
+def _read_cell(source: SafetensorsFolder, checksums: str, name: str, lo: int, hi: int, staging: Staging) -> Tensor:
+    """A whole cell, the elements [lo, hi), in a buffer of `staging`, verified."""
     values = source.read_into(name, lo, staging.next_buffer(hi - lo, source.dtype(name)))
-    found, expected = f"{zlib.crc32(bytes_of(values)):08x}", checksums[8 * cell : 8 * cell + 8]
+    digit = 8 * (lo // _CELL)
+    found, expected = f"{zlib.crc32(bytes_of(values)):08x}", checksums[digit : digit + 8]
     if found != expected:
         raise DamagedCheckpoint(
             f"{source.file_of(name)}: elements [{lo}, {hi}) of {name} have CRC-32 {found}, were written with {expected}"
@@ -374,7 +378,7 @@ def _is_finite(values: Tensor) -> bool:
 
 def _is_whole(path: Path) -> bool:
     try:
-        manifest = read_manifest(path, _KIND)
+        manifest = read_manifest(path, KIND)
         files = manifest["figures"]["files"]
         return "checksums" in manifest and all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):

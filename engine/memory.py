@@ -1,7 +1,7 @@
 """How many bytes the decoder's forward keeps for its backward: what a plan of memory is made of. Pure arithmetic on a
 `ModelConfig`, one term per tensor that `model.py` saves; `tests/engine/test_recompute.py` compares the two.
 
-Not counted: what does not grow with the tokens (the gradient of the head in fp32, the rotary tables), and a
+Not counted: the batch itself; what does not grow with it (the gradient of the head in fp32, the rotary tables); and a
 load-balancing loss, some 4 bytes per layer, token and expert.
 """
 
@@ -26,8 +26,8 @@ def saved_bytes_per_token(
     """
     size = dtype.itemsize
     layers = config.num_hidden_layers * layer_bytes_per_token(config, recompute, dtype, float8=float8)
-    # the sum and the rstd of the last norm, the gradient of the head's input, and the token and position ids
-    return layers + size * config.hidden_size + 4 + size * config.hidden_size + 8 + 4
+    # the sum and the rstd of the last norm, the gradient of the head's input
+    return layers + size * config.hidden_size + 4 + size * config.hidden_size
 
 
 def recomputed_bytes_per_token(

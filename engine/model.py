@@ -46,6 +46,25 @@ Float8 = Literal["blockwise", "rowwise"]
 Routing = tuple[Tensor, Tensor]  # of one layer: router logits [T, E], experts i32 [T, A] chosen by them, best first
 
 
+class Packing:
+    """Where the tokens of a pass stand, the same for all layers: arguments of `Decoder.forward` and the rotary tables.
+
+    Neither a tuple nor a dataclass: FSDP2 would look into those and round the fp32 tables to its parameter dtype.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        tables: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: KVCache | None,
+    ) -> None:
+        self.positions, self.tables = positions, tables
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.cache = cache
+
+
 class RMSNorm(nn.Module):
     """The scale of a norm; whoever owns it applies it."""
 
@@ -100,54 +119,38 @@ class Layer(nn.Module):
             self.experts = Experts(config.num_local_experts, hidden, config.intermediate_size)
 
     def forward(
-        self,
-        branch_TD: Tensor,
-        residual_TD: Tensor | None,
-        positions: Tensor,
-        tables: tuple[Tensor, Tensor],
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: KVCache | None,
+        self, branch_TD: Tensor, residual_TD: Tensor | None, packing: Packing
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """(output of this layer's last branch, residual stream before it, routing), from the first two of the layer
         before; the first layer has no residual, the embedding is the stream."""
-        sequences = positions, tables, cu_seqlens, max_seqlen, cache
         if self.recompute != "full" or not torch.is_grad_enabled():
-            return self._layer(branch_TD, residual_TD, *sequences)
+            return self._layer(branch_TD, residual_TD, packing)
         # The stream is all that is kept, so the addition is done out here. Nothing in a layer draws random numbers.
         stream_TD = branch_TD if residual_TD is None else branch_TD + residual_TD
-        return checkpoint(self._layer, stream_TD, None, *sequences, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._layer, stream_TD, None, packing, use_reentrant=False, preserve_rng_state=False)
 
     def _layer(
-        self, branch_TD: Tensor, residual_TD: Tensor | None, *sequences: Any
+        self, branch_TD: Tensor, residual_TD: Tensor | None, packing: Packing
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        branch_TD, residual_TD = self._attention(branch_TD, residual_TD, *sequences)
+        branch_TD, residual_TD = self._attention(branch_TD, residual_TD, packing)
         if self.experts_per_token is None:
             return *self._mlp(branch_TD, residual_TD), None
         return self._mixture(branch_TD, residual_TD, self.experts_per_token)
 
-    def _attention(
-        self,
-        branch_TD: Tensor,
-        residual_TD: Tensor | None,
-        positions: Tensor,
-        tables: tuple[Tensor, Tensor],
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: KVCache | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _attention(self, branch_TD: Tensor, residual_TD: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor]:
         qkv_TS, residual_TD = self._norm_project(branch_TD, residual_TD, self.input_norm, self.qkv)
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.eps}
         # q, k and v are views of the one buffer, where q and k are rotated in place (new where they have norms)
-        q_TQH, k_TKH, v_TKH = rope_qkv(qkv_TS, *tables, positions, *self.heads, **norms)
+        q_TQH, k_TKH, v_TKH = rope_qkv(qkv_TS, *packing.tables, packing.positions, *self.heads, **norms)
+        lengths, cache = (packing.cu_seqlens, packing.max_seqlen), packing.cache
         if cache is None:
-            o_TQH = attention(q_TQH, k_TKH, v_TKH, cu_seqlens, max_seqlen, window=self.window)
+            o_TQH = attention(q_TQH, k_TKH, v_TKH, *lengths, window=self.window)
         else:
             k_CKH, v_CKH = cache.extend(self.index, k_TKH, v_TKH)
             o_TQH = attention(
-                *(q_TQH, k_CKH, v_CKH, cu_seqlens, max_seqlen),
+                *(q_TQH, k_CKH, v_CKH, *lengths),
                 cu_seqlens_k=cache.cu_seqlens_k,
                 max_seqlen_k=cache.max_seqlen_k,
                 window=self.window,
@@ -170,22 +173,18 @@ class Layer(nn.Module):
         return self._project(h_TF, self.down), residual_TD
 
     def _mixture(self, branch_TD: Tensor, residual_TD: Tensor, active: int) -> tuple[Tensor, Tensor, Routing]:
-        x_TD, residual_TD = self._norm(branch_TD, residual_TD, self.post_norm)
+        x_TD, residual_TD = add_rms_norm(branch_TD, residual_TD, self.post_norm.weight, self.eps)
         logits_TE = linear(x_TD, self.router.weight)
         weights_TA, experts_TA = route(logits_TE, active)
         branch_TD = self.experts(x_TD, weights_TA, experts_TA, recompute=self.recompute == "selective")
         return branch_TD, residual_TD, (logits_TE, experts_TA)
 
-    # The three below: (result, s), s the stream x + residual, or x where there is no residual.
-
-    def _norm(self, x_TD: Tensor, residual_TD: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x_TD, residual_TD, norm.weight, self.eps)
-
     def _norm_project(
         self, x_TD: Tensor, residual_TD: Tensor | None, norm: RMSNorm, matrix: nn.Linear
     ) -> tuple[Tensor, Tensor]:
+        """(projection of norm(s), s), s the stream x + residual, or x where there is no residual."""
         if self.float8 is not None:
-            y_TD, s_TD = self._norm(x_TD, residual_TD, norm)
+            y_TD, s_TD = add_rms_norm(x_TD, residual_TD, norm.weight, self.eps)
             return self._project(y_TD, matrix), s_TD
         result = rms_norm_linear(
             *(x_TD, norm.weight, matrix.weight, matrix.bias), eps=self.eps, residual=residual_TD, return_sum=True
@@ -247,11 +246,11 @@ class Decoder(nn.Module):
         ValueError if a sequence is longer than max_position_embeddings.
         """
         tables = self.rope_tables.get(max_seqlen if cache is None else cache.max_seqlen_k, tokens.device)
-        sequences = positions, tables, cu_seqlens, max_seqlen, cache
+        packing = Packing(positions, tables, cu_seqlens, max_seqlen, cache)
         branch_TD = embedding(tokens, self.embed_tokens.weight, noise=noise)
         residual_TD: Tensor | None = None
         for layer in self.layers:
-            branch_TD, residual_TD, routed = layer(branch_TD, residual_TD, *sequences)
+            branch_TD, residual_TD, routed = layer(branch_TD, residual_TD, packing)
             if routing is not None and routed is not None:
                 routing.append(routed)
         return add_rms_norm(branch_TD, residual_TD, self.norm.weight, self.config.rms_norm_eps)[0]

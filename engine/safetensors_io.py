@@ -16,7 +16,8 @@ import os
 import struct
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_AHEAD_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype, shape
@@ -185,6 +187,26 @@ class SafetensorsFolder:
         if lo < 0 or lo + out.numel() > entry.numel:
             raise ValueError(f"{name}: elements [{lo}, {lo + out.numel()}) of {entry.numel}")
         return self._read(entry, lo, out)
+
+    def read_ahead(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+        """The ranges (name, lo, hi) of flat elements as they are given, each a little after the system was told that it
+        will be read: the disk works while what came before is being used, which makes cold reads several times
+        faster. Ranges of a few megabytes do best."""
+        coming: deque[tuple[str, int, int]] = deque()
+        num_bytes = 0
+        for name, lo, hi in ranges:
+            entry = self._entry(name)
+            size = (hi - lo) * entry.dtype.itemsize
+            if hasattr(os, "posix_fadvise"):
+                offset = entry.offset + lo * entry.dtype.itemsize
+                os.posix_fadvise(self._descriptors[entry.file], offset, size, os.POSIX_FADV_WILLNEED)
+            coming.append((name, lo, hi))
+            num_bytes += size
+            while num_bytes > _AHEAD_BYTES:
+                ready = coming.popleft()
+                num_bytes -= (ready[2] - ready[1]) * self._entry(ready[0]).dtype.itemsize
+                yield ready
+        yield from coming
 
     def _read(self, entry: _Entry, first: int, out: Tensor) -> Tensor:
         """Fill contiguous `out` from element `first` on."""

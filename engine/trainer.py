@@ -240,7 +240,7 @@ class Trainer:
 
     def _train_step(self, batches: list[PackedBatch], num_valid: int, lr: float) -> torch.Tensor:
         """One optimizer step; what came of it, fp64 on the device: [loss, gradient norm, skipped, then by source the
-        summed nll and the targets, of all ranks]."""
+        summed nll and the targets, then by layer and expert the tokens, of all ranks]."""
         engine = self.engine
         engine.begin_step(lr)
         losses = []
@@ -250,7 +250,8 @@ class Trainer:
             losses.append(engine.forward_backward(batch, max(num_valid, 1), len(self.sources), last=last))
         nll = torch.stack([loss.nll for loss in losses]).sum(0, dtype=torch.float64)
         tokens = torch.stack([loss.tokens for loss in losses]).sum(0)
-        sums = torch.cat([nll, tokens])
+        loads = [loss.expert_load.flatten() for loss in losses if loss.expert_load is not None]
+        sums = torch.cat([nll, tokens, *([torch.stack(loads).sum(0)] if loads else [])])
         if self.world_size > 1:
             dist.all_reduce(sums)
         loss = sums[: len(self.sources)].sum() / max(num_valid, 1)
@@ -267,6 +268,8 @@ class Trainer:
         self.grad_norm = math.nan
         self.nll, self.counts = np.zeros((2, len(self.sources)))
         self.rank_seconds, self.rank_waits = np.zeros((2, self.world_size))
+        experts = self.config.num_local_experts
+        self.expert_load = np.zeros((self.config.num_hidden_layers, experts) if experts else (0, 0))
 
     def _queue_figures(
         self, batches: list[PackedBatch], figures: torch.Tensor, waited: float, signals: list[int]
@@ -287,10 +290,11 @@ class Trainer:
         """Read queued figures until `pending` steps are left; stop the run if it skips step after step."""
         while len(self.late) > pending:
             step, late = self.late.popleft()
-            figures = np.array(late.get())
-            loss, self.grad_norm, skipped = figures[:3]
-            nll, counts = figures[3 : 3 + 2 * len(self.sources)].reshape(2, -1)
-            seconds, waits, flops, signals = figures[3 + 2 * len(self.sources) :].reshape(-1, self.world_size)
+            sizes = (3, 2 * len(self.sources), self.expert_load.size)
+            (loss, self.grad_norm, skipped), sums, load, host = np.split(np.array(late.get()), np.cumsum(sizes))
+            nll, counts = sums.reshape(2, -1)
+            seconds, waits, flops, signals = host.reshape(-1, self.world_size)
+            self.expert_load += load.reshape(self.expert_load.shape)
             self.rank_seconds += seconds
             self.rank_waits += waits
             self.interval_flops += flops.sum()
@@ -335,6 +339,9 @@ class Trainer:
             "data_wait": self.rank_waits.max() / self.interval_seconds,
             "memory_bytes": peak_memory_bytes(self.device),
         }
+        if self.expert_load.any():  # by layer, the share of the tokens that each expert read
+            shares = self.expert_load / self.expert_load.sum(1, keepdims=True)
+            figures["expert_load"] = shares.round(4).tolist()
         if self.world_size > 1:
             figures["rank_seconds"] = self.rank_seconds.tolist()
         summary = f"loss {figures['loss']:.4f}  lr {lr:.2e}  {figures['tokens_per_second']:,.0f} tokens/s"

@@ -14,6 +14,8 @@ import torch
 from ..data import TokenStore, load_tokenizer
 from ..data.files import MANIFEST, read_manifest, sha256_file
 from ..data.tokenize import STORE_KIND
+from .checkpoint import KIND as CHECKPOINT_KIND
+from .checkpoint import verify_checksums
 from .config import ARCHITECTURES, ModelConfig
 from .model import Decoder
 from .safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
@@ -85,6 +87,8 @@ def _verify_folder(folder: Path, report: dict[str, Any]) -> list[str]:
             store.verify()
         elif _is_model(folder) or any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
             problems += _verify_tensors(folder, report)
+            if report["kind"] == CHECKPOINT_KIND:
+                problems += verify_checksums(folder)
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
     return problems

@@ -187,21 +187,23 @@ def _read_shards(
 ) -> None:
     device, dtype = next((shard.values.device, shard.values.dtype) for shard in shards.values())
     staging = Staging(device, CHUNK_ELEMENTS * max(source.dtype(name).itemsize for name in placements))
-    written = dict.fromkeys(shards, 0)
-    finite: list[tuple[str, Tensor]] = []
+    ranges = []
     for name, placement in placements.items():
         first, part = shards[placement.parameter].part_of(placement.offset, placement.offset + placement.numel)
-        direct = source.dtype(name) == dtype and device.type == "cpu"
-        for lo, hi in chunks(part.numel()):
-            values = part[lo:hi]
-            if direct:
-                source.read_into(name, first + lo, values)
-            else:
-                read = source.read_into(name, first + lo, staging.next_buffer(hi - lo, source.dtype(name)))
-                values.copy_(read.to(device, non_blocking=True))
-                staging.mark()
-            finite.append((name, _all_finite(values)))
-        written[placement.parameter] += part.numel()
+        ranges += [(name, first + lo, first + hi) for lo, hi in chunks(part.numel())]
+    written = dict.fromkeys(shards, 0)
+    finite: list[tuple[str, Tensor]] = []
+    for name, lo, hi in source.read_ahead(ranges):
+        placement = placements[name]
+        _, values = shards[placement.parameter].part_of(placement.offset + lo, placement.offset + hi)
+        if source.dtype(name) == dtype and device.type == "cpu":
+            source.read_into(name, lo, values)
+        else:
+            read = source.read_into(name, lo, staging.next_buffer(hi - lo, source.dtype(name)))
+            values.copy_(read.to(device, non_blocking=True))
+            staging.mark()
+        finite.append((name, _all_finite(values)))
+        written[placement.parameter] += values.numel()
     for name, count in written.items():
         held = shards[name].values.numel()
         assert count == held, f"{name}: {count} of {held} elements written"

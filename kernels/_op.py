@@ -39,6 +39,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def float_dtypes(x: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """What a kernel computes with where x is: Triton's arithmetic is fp32, the references' fp64 too."""
+    narrow = torch.bfloat16, torch.float16, torch.float32
+    return narrow if x.is_cuda else (*narrow, torch.float64)
+
+
 def check_tensor(
     argument: str,
     x: torch.Tensor,

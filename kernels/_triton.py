@@ -91,6 +91,12 @@ def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @kernel
+def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """fp32 `x`, rounded to `dtype`: where transformers' eager code rounds and we need not."""
+    return cast(x, dtype, INTERPRET).to(tl.float32)
+
+
+@kernel
 def operand(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """`x`, of any dtype, as an argument of `tl.dot` in `dtype`; the interpreter's dot is exact in fp32 only."""
     if INTERPRET:

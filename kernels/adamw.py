@@ -37,11 +37,12 @@ from .philox import philox_bits, philox_block
 
 # One random word (stream: the step) serves an element: its low half exp_avg, its high half exp_avg_sq, and the high
 # half of its product with an odd number, which permutes the words, the weight.
-_ODD = 0x9E3779B1
+_ODD = 0x9E3779B1 - (1 << 32)  # as a signed 32-bit number
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
-_PIECE = 1 << 19  # elements that go through fp32 temporaries at a time: those stay in the cache
+_PIECE = 1 << 18  # elements that go through fp32 temporaries at a time: those stay in the cache
+_VECTOR = 16  # fp32 numbers that torch's fused kernel takes at a time
 
 
 def _adamw_cpu(
@@ -59,26 +60,30 @@ def _adamw_cpu(
         "lr": lr.item(), "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay,
         "amsgrad": False, "maximize": False,
     }  # fmt: skip
-    nothing = torch.empty(0, dtype=torch.int64)
     absent: list[None] = [None] * len(params)
+    low = mixed = high = torch.empty(0, dtype=torch.int32)
     for param, grad, m_all, v_all, residual, m_scales, v_scales, first in zip(
         params, grads, exp_avgs, exp_avg_sqs, residuals or absent, exp_avg_scales or absent,
         exp_avg_sq_scales or absent, first_indices, strict=True,
     ):  # fmt: skip
-        for start in range(0, len(param), _PIECE):
-            piece = slice(start, start + _PIECE)
-            blocks = slice(start // SCALE_BLOCK, (start + _PIECE) // SCALE_BLOCK)
+        in_place = scale == 1.0 and {x.dtype for x in (param, grad, m_all, v_all)} == {torch.float32}
+        length = len(param) if in_place else _PIECE
+        for start in range(0, len(param), length or 1):
+            piece = slice(start, start + length)
+            blocks = slice(start // SCALE_BLOCK, cdiv(start + length, SCALE_BLOCK))
             m_stored = m_all[piece], None if m_scales is None else m_scales[blocks], True
             v_stored = v_all[piece], None if v_scales is None else v_scales[blocks], False
             stored = param[piece], None if residual is None else residual[piece]
             w, m, v = _read_weight(*stored), _read_moment(*m_stored), _read_moment(*v_stored)
             g = grad[piece].float()
             _fused_step(w, g if scale == 1.0 else g * scale, m, v, time, options)
-            word = philox_bits(seed, int(step), first + start, len(w)) if rounds else nothing
-            _write_moment(m, *m_stored, word & 0xFFFF)
-            _write_moment(v, *v_stored, word >> 16)
+            if rounds:
+                word = philox_bits(seed, int(step), first + start, len(w)).to(torch.int32)
+                low, high, mixed = word & 0xFFFF, (word >> 16) & 0xFFFF, (word * _ODD >> 16) & 0xFFFF
+            _write_moment(m, *m_stored, low)
+            _write_moment(v, *v_stored, high)
             if w is not stored[0]:
-                _write_weight(w, *stored, (word * _ODD & 0xFFFFFFFF) >> 16)
+                _write_weight(w, *stored, mixed)
 
 
 def _rounds(*operands: list[Tensor]) -> bool:
@@ -87,14 +92,13 @@ def _rounds(*operands: list[Tensor]) -> bool:
 
 
 def _fused_step(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, options: dict) -> None:
-    """torch's fused AdamW, all fp32. It rounds the elements that do not fill the last vector of a thread differently;
-    padded here to whole vectors, they come out the same wherever a shard begins or ends."""
-    unit = 16 * torch.get_num_threads()
-    body = len(w) // unit * unit
+    """torch's fused AdamW, all fp32. It rounds the elements that do not fill the last vector differently; padded here
+    to a whole one, they come out the same wherever a shard begins or ends."""
+    body = len(w) // _VECTOR * _VECTOR
     if body:
         torch._fused_adamw_([w[:body]], [g[:body]], [m[:body]], [v[:body]], [], [step], **options)
     if tail := len(w) - body:
-        w_tail, g_tail, m_tail, v_tail = (torch.nn.functional.pad(x[body:], (0, unit - tail)) for x in (w, g, m, v))
+        w_tail, g_tail, m_tail, v_tail = (torch.nn.functional.pad(x[body:], (0, _VECTOR - tail)) for x in (w, g, m, v))
         torch._fused_adamw_([w_tail], [g_tail], [m_tail], [v_tail], [], [step], **options)
         for x, result in ((w, w_tail), (m, m_tail), (v, v_tail)):
             x[body:] = result[:tail]
@@ -106,19 +110,23 @@ def _read_weight(weight: Tensor, residual: Tensor | None) -> Tensor:
         return weight.float()
     if residual.dtype == torch.float32:
         return residual
-    return (weight.view(torch.int16).to(torch.int32) << 16).add_(residual).view(torch.float32)
+    w = weight.float()
+    w.view(torch.int32).add_(residual)
+    return w
 
 
 def _write_weight(w: Tensor, weight: Tensor, residual: Tensor | None, noise: Tensor) -> None:
+    """Into what is stored; w itself may be overwritten."""
     if residual is None:
         weight.copy_(round_stochastic(w, noise))
     elif residual.dtype == torch.float32:
         weight.copy_(w)
     else:
+        if not w.sum().isfinite():
+            w.masked_fill_(w.isnan(), torch.nan)
         bits = w.view(torch.int32)
-        high = (bits + (1 << 15)) >> 16
-        weight.view(torch.int16).copy_(high)
-        residual.copy_(bits - (high << 16))
+        residual.copy_(bits)  # its low half, as what is added to the high half makes it
+        weight.view(torch.int16).copy_(bits.add_(1 << 15).bitwise_right_shift_(16))
 
 
 def _read_moment(stored: Tensor, scales: Tensor | None, signed: bool) -> Tensor:
@@ -201,7 +209,8 @@ def _adamw_kernel(
             tl.store(param + i, cast(w, tl.bfloat16, INTERPRET), mask)
             tl.store(residual + i, w, mask)
         else:
-            bits = w.to(tl.int32, bitcast=True)
+            # NaN as a GPU makes it, 0x7FFFFFFF, would be rounded up to -0: the model would compute on with zeros.
+            bits = tl.where(w == w, w.to(tl.int32, bitcast=True), 0x7FC00000)
             high = (bits + 0x8000) >> 16
             tl.store(param + i, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask)
             tl.store(residual + i, (bits - (high << 16)).to(tl.int16), mask)
@@ -302,6 +311,19 @@ class AdamWShard:
     first_index: the number of the shard's first element among all elements of the model, whatever the sharding: random
         bits depend on it. Let every parameter begin at a multiple of 256; shards with uint8 moments must, others may
         begin anywhere (multiples of 4 are faster).
+
+    Under FSDP2, or any other division, the same bits come out on one rank and on many if every rank walks over all
+    parameters in the same order and gives each the numbers from the next multiple of 256 on. Of one with `rows` rows of
+    `row` elements (a vector has rows of one), rank r of R holds the rows from `first` = min(r * ceil(rows / R), rows):
+
+        local = p.to_local().detach().view(-1)              # may be empty
+        shard = AdamWShard.zeros(local, ..., first_index=begin + first * row)
+        begin += ceil(rows * row / 256) * 256
+
+    uint8 moments are for parameters whose `row` is a multiple of 256, so that no scale belongs to two ranks; give the
+    others, a handful of vectors mostly, bf16. Decayed and undecayed parameters are two calls of `adamw_` with the same
+    step. In a checkpoint each tensor here, seen as [local rows, row], is divided as the parameter is, and so is a scale
+    as [local rows, row / 256]. Load into them with copy_: a shard keeps its tensors for good.
 
     Raises:
         ValueError: naming the tensor that does not fit.
@@ -412,8 +434,13 @@ def adamw_(
     if not shards:
         return
     like = shards[0].param
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"adamw_: {name} is {value}; it must not be negative")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"adamw_: seed is {seed}; it must be in [0, 2^63)")
     if not isinstance(lr, Tensor):
-        lr = torch.full((), lr, dtype=torch.float64, device=like.device)
+        lr = torch.full((), lr, dtype=torch.float32 if like.is_cuda else torch.float64, device=like.device)
     for name, scalar, dtypes in (
         ("lr", lr, (torch.float32, torch.float64)),
         ("step", step, (torch.float32, torch.int32, torch.int64)),

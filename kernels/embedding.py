@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 from .philox import philox_bits, philox_block
 
@@ -309,12 +309,12 @@ def embedding(
 
     The gradient of the weight is summed in fp32 in the order of the tokens, without atomics: the same bits every time.
     """
-    check_tensor("embedding: weight", weight, (None, None))
+    check_tensor("embedding: weight", weight, (None, None), dtype=float_dtypes(weight))
     check_tensor("embedding: tokens", tokens, (None,), dtype=(torch.int32, torch.int64), like=weight)
     if main_grad is not None:
         check_tensor("embedding: main_grad", main_grad, tuple(weight.shape), dtype=torch.float32, like=weight)
-        if not main_grad.is_contiguous():
-            raise ValueError(f"embedding: main_grad has strides {main_grad.stride()}; it must be contiguous")
+        if not main_grad.is_contiguous() or main_grad.requires_grad:
+            raise ValueError("embedding: main_grad must be contiguous and require no gradient")
     if noise is None:
         return _Embedding.apply(tokens, weight, main_grad, None, None, None, 0.0, 0)
     check_tensor(

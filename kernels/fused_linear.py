@@ -20,6 +20,12 @@ from .rms_norm import add_rms_norm, check_norm, norm_backward, norm_forward, rms
 from .swiglu import check_gate_up, swiglu, swiglu_backward, swiglu_forward
 
 
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` in the dtype of its operands: backward multiplies outside of the autocast region that forward ran in."""
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x, weight, bias)
+
+
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, norm_weight, weight, bias, eps: float, exact_hf: bool, return_sum: bool):
@@ -27,7 +33,7 @@ class _RMSNormLinear(torch.autograd.Function):
         ctx.save_for_backward(s, rstd, norm_weight, weight)
         ctx.has_residual, ctx.exact_hf = residual is not None, exact_hf
         ctx.set_materialize_grads(False)
-        out = linear(y, weight, bias)
+        out = _product(y, weight, bias)
         return (out, s) if return_sum else out
 
     @staticmethod
@@ -37,7 +43,7 @@ class _RMSNormLinear(torch.autograd.Function):
             return ds, ds if ctx.has_residual else None, None, None, None, None, None, None
         s, rstd, norm_weight, weight = ctx.saved_tensors
         need_dw, need_db = ctx.needs_input_grad[3:5]
-        dy = linear(d_out, weight.t())
+        dy = _product(d_out, weight.t())
         dx, d_norm_weight = norm_backward(dy, ds, s, norm_weight, rstd, ctx.exact_hf, recompute=need_dw)
         dw = d_out.t() @ dy if need_dw else None  # dy holds y by now
         db = d_out.sum(0) if need_db else None
@@ -49,14 +55,14 @@ class _SwiGLULinear(torch.autograd.Function):
     def forward(ctx, gate_up, weight, bias, exact_hf: bool):
         ctx.save_for_backward(gate_up, weight)
         ctx.exact_hf = exact_hf
-        return linear(swiglu_forward(gate_up, exact_hf), weight, bias)
+        return _product(swiglu_forward(gate_up, exact_hf), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: torch.Tensor):
         gate_up, weight = ctx.saved_tensors
         _, need_dw, need_db, _ = ctx.needs_input_grad
-        dh = linear(d_out, weight.t())
+        dh = _product(d_out, weight.t())
         d_gate_up = swiglu_backward(dh, gate_up, ctx.exact_hf, recompute=need_dw)
         dw = d_out.t() @ dh if need_dw else None  # dh holds h by now
         return d_gate_up, dw, d_out.sum(0) if need_db else None, None
@@ -104,10 +110,10 @@ def rms_norm_linear(
         return _RMSNormLinear.apply(x, residual, norm_weight, weight, bias, eps, exact_hf, return_sum)
     # Nothing below the product is trained: its input is all that backward asks for, and s is not kept.
     if residual is None:
-        out = linear(rms_norm(x, norm_weight, eps, exact_hf=exact_hf), weight, bias)
+        out = _product(rms_norm(x, norm_weight, eps, exact_hf=exact_hf), weight, bias)
         return (out, x) if return_sum else out
     y, s = add_rms_norm(x, residual, norm_weight, eps, exact_hf=exact_hf)
-    return linear(y, weight, bias), s
+    return _product(y, weight, bias), s
 
 
 def swiglu_linear(
@@ -130,7 +136,7 @@ def swiglu_linear(
     _check_linear("swiglu_linear", gate_up, gate_up.shape[1] // 2, weight, bias)
     if gate_up.requires_grad:
         return _SwiGLULinear.apply(gate_up, weight, bias, exact_hf)
-    return linear(swiglu(gate_up, exact_hf=exact_hf), weight, bias)  # h is all that backward asks for
+    return _product(swiglu(gate_up, exact_hf=exact_hf), weight, bias)  # h is all that backward asks for
 
 
 def _check_linear(function: str, x: torch.Tensor, width: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -2,12 +2,12 @@
 
     norm = sqrt(sum over gradients of sum g^2)        grad_scale = min(max_norm / norm, 1)        skip = norm not finite
 
-Floor: one read of the gradients (2 bytes per element in bf16). Squares are summed in fp32 over 16,384 elements, the
-partial sums in fp64, in a fixed order: no atomics, no synchronisation, the same bits in every run. Relative error: each
-lane adds 4 squares and a tree the lanes, 20 roundings at most, so 1.2e-6 of the squared norm in the worst case and
-about 1e-8 of a model's, however many elements it has. Squares overflow beyond 1.8e19: such a gradient counts as not
-finite. Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.clip_grad_norm_ (which adds 1e-6 to the norm).
-May touch: torch, triton.
+Floor: one read of the gradients (2 bytes per element in bf16). Squares are summed in fp32 over 16,384 elements (512 on
+a CPU), the partial sums in fp64, in a fixed order: no atomics, no synchronisation, the same bits in every run. Relative
+error: each lane adds 4 squares (32) and a tree the lanes, 20 (40) roundings at most, so 1.2e-6 (2.4e-6) of the squared
+norm in the worst case and about 1e-8 of a model's, however many elements it has. Squares overflow beyond 1.8e19: such a
+gradient counts as not finite. Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.clip_grad_norm_ (which adds
+1e-6 to the norm). May touch: torch, triton.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from ._triton import kernel, launch, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
-_PIECE = 1 << 14  # elements whose squares are summed in fp32; their fp32 copy stays in the cache
+_PIECE = 1 << 18  # bf16 elements that are converted at a time: their fp32 copy stays in the cache
+_ROW = 512  # elements whose squares are summed in fp32, 32 by each lane of the widest vectors
 
 
 def _squared_norm_cpu(grads: list[Tensor]) -> Tensor:
-    pieces = (piece.float() for grad in grads for piece in grad.view(-1).split(_PIECE))
-    partial = [torch.dot(piece, piece) for piece in pieces]
-    return torch.stack(partial).sum(dtype=torch.float64) if partial else torch.zeros((), dtype=torch.float64)
+    norms = [torch.zeros(1)]
+    for grad in grads:
+        for piece in grad.view(-1).split(_PIECE if grad.dtype == torch.bfloat16 else max(grad.numel(), 1)):
+            body = len(piece) // _ROW * _ROW
+            norms.append(torch.linalg.vector_norm(piece[:body].float().view(-1, _ROW), dim=1))
+            norms.append(torch.linalg.vector_norm(piece[body:].float()).view(1))
+    return torch.cat(norms).double().square_().sum()
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, operand, persistent_programs, tl
 from .linear import linear
 
@@ -280,7 +280,7 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
     """
-    check_tensor("grouped_mm: x", x, (None, None))
+    check_tensor("grouped_mm: x", x, (None, None), dtype=float_dtypes(x))
     check_tensor("grouped_mm: weight", weight, (None, None, x.shape[1]), like=x)
     _check_offsets("grouped_mm", offsets, weight.shape[0], x)
     return _GroupedMM.apply(x, weight, offsets)
@@ -297,7 +297,7 @@ def grouped_weight_grad(
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
     """
-    check_tensor("grouped_weight_grad: x", x, (None, None))
+    check_tensor("grouped_weight_grad: x", x, (None, None), dtype=float_dtypes(x))
     check_tensor("grouped_weight_grad: dy", dy, (x.shape[0], None), like=x)
     _check_offsets("grouped_weight_grad", offsets, None, x)
     if dtype not in (None, x.dtype, compute_dtype(x.dtype)):

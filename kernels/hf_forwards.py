@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import attention
+from .fused_linear import swiglu_linear
 from .gate_up import gate_up_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import moe_experts
@@ -94,17 +95,22 @@ def rms_norm_forward(norm: Module, hidden_states: torch.Tensor, residual: torch.
 
 def is_plain(linear: Module) -> bool:
     """Whether x W^T is all that calling `linear` does: no bias, LoRA, quantisation, tensor parallelism, sharding of its
-    own. What brings those along changes the class or hangs hooks on the module."""
+    own. What brings those along changes the class, also of the weight, or hangs hooks on the module."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and linear.bias is None and "forward" not in vars(linear) and not any(hooks)
+    if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear) or any(hooks):
+        return False
+    sharded = hasattr(linear.weight, "full_tensor")  # a DTensor, which FSDP2 gathers before the call
+    return sharded or type(linear.weight) in (nn.Parameter, torch.Tensor)
 
 
 def mlp_forward(mlp: Module, x: torch.Tensor) -> torch.Tensor:
     if not (is_plain(mlp.gate_proj) and is_plain(mlp.up_proj)):
         return getattr(mlp, RECORD).original(x)
     operands = _autocast(x.reshape(-1, x.shape[-1]), mlp.gate_proj.weight, mlp.up_proj.weight)
-    h = swiglu(gate_up_linear(*operands))
-    return mlp.down_proj(h.view(*x.shape[:-1], -1))
+    gate_up, down = gate_up_linear(*operands), mlp.down_proj
+    if is_plain(down):
+        return swiglu_linear(gate_up, *_autocast(down.weight)).view(*x.shape[:-1], -1)
+    return down(swiglu(gate_up).view(*x.shape[:-1], -1))
 
 
 def decoder_layer_forward(layer: Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -293,10 +299,13 @@ def lm_head_forward(
     labels = labels.reshape(-1).to(x.device)
     if num_items is None:
         num_items = (labels != ignore_index).sum()
-    if isinstance(num_items, torch.Tensor):
-        scale = num_items.to(x.device, torch.float32).reshape(()).reciprocal()
-    else:
-        scale = torch.full((), 1.0 / num_items, dtype=torch.float32, device=x.device)
+    if not isinstance(num_items, torch.Tensor):
+        num_items = torch.full((), num_items, device=x.device)
+    scale = num_items.to(x.device, torch.float32).reshape(()).reciprocal()
+    if x.dtype == torch.float16:
+        # A GradScaler multiplies the loss before its gradients can underflow; the fused loss has made them by then.
+        logits = F.linear(x, weight).float()
+        return scale * F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     return linear_cross_entropy(x, weight, labels, scale=scale, ignore_index=ignore_index)[0]
 
 

@@ -56,7 +56,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y [T, N] = x [T, K] weight [N, K]^T + bias [N], in x's dtype; what torch.nn.functional.linear computes."""
-    if x.is_cpu and x.ndim == 2 and x.dtype == weight.dtype == torch.float32:
+    """y [T, N] = x [T, K] weight [N, K]^T + bias [N]; what torch.nn.functional.linear computes, under autocast too."""
+    plain = x.is_cpu and x.ndim == 2 and x.dtype == weight.dtype == torch.float32
+    if plain and not torch.is_autocast_enabled("cpu"):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)

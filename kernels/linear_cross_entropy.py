@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from ._triton import cast, cdiv, kernel, launch, tl
 from .cross_entropy import cross_entropy_cpu, cross_entropy_triton
 from .linear import linear
@@ -298,11 +298,13 @@ def linear_cross_entropy(
     """(loss, nll): loss = sum_t scale_t * (smoothed nll_t + z_loss * lse_t^2) over the rows that have a label.
 
     Args:
-        x, weight: [T, H] and [V, H], of one dtype; the loss is differentiable in both.
+        x, weight: [T, H] and [V, H], of one dtype (bf16, fp16 or fp32; on a CPU fp64 too); the loss is differentiable
+            in both.
         labels: [T] int64; ignore_index where there is no target, else 0 <= label < V. (Another one: torch's index error
             on a CPU, NaN in loss and gradients on a GPU.)
         scale: fp32, without gradient: 0-dim, usually 1 / (targets in the global batch), or a weight per token [T], by
-            which gradients per token are chosen. None for 1.
+            which gradients per token are chosen. None for 1. (In fp16 a GradScaler's factor belongs in here too: on the
+            loss it comes after the gradients, which have underflowed by then.)
         chunk_tokens: rows of logits held at once, about. None: what 3 % of the GPU's memory holds (`chunk_plan`).
         label_smoothing: smoothed nll = (1 - e) * nll + e * mean over the vocabulary of -log p, as F.cross_entropy.
         z_loss: weight of the squared log-sum-exp (PaLM used 1e-4, arXiv:2204.02311).
@@ -331,6 +333,7 @@ def linear_cross_entropy(
             f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} "
             "do not agree; expected [T, H], [V, H] and [T]"
         )
+    check_tensor("linear_cross_entropy: x", x, dtype=float_dtypes(x))
     acc = compute_dtype(x.dtype)
     check_tensor("linear_cross_entropy: weight", weight, like=x)
     check_tensor("linear_cross_entropy: labels", labels, dtype=torch.int64, like=x)

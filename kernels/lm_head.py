@@ -51,7 +51,11 @@ class FusedLMHead(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, nll) of x [T, H] and labels [T]; options and errors are those of linear_cross_entropy."""
+        """(loss, nll) of x [T, H] and labels [T]; options and errors are those of linear_cross_entropy.
+
+        FSDP2 casts the fp32 `scale` to its parameters' dtype on the way in, which is refused: give the head a
+        MixedPrecisionPolicy with cast_forward_inputs=False.
+        """
         return linear_cross_entropy(x, self.weight, labels, **options)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

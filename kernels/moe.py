@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 from .grouped_mm import grouped_mm, grouped_weight_grad
 from .moe_routing import route, sort_by_expert
@@ -313,7 +313,7 @@ def unpermute(y: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> 
     dw[t, k] is one dot product of a row.
     """
     check_tensor("unpermute: inverse", inverse, (None, None), dtype=torch.int32, like=y)
-    check_tensor("unpermute: y", y, (inverse.numel(), None))
+    check_tensor("unpermute: y", y, (inverse.numel(), None), dtype=float_dtypes(y))
     check_tensor("unpermute: weights", weights, tuple(inverse.shape), dtype=compute_dtype(y.dtype), like=y)
     return _Unpermute.apply(y, weights.contiguous(), inverse.contiguous())
 
@@ -338,19 +338,16 @@ def moe_experts(
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
     """
-    check_tensor("moe_experts: x", x, (None, None))
+    check_tensor("moe_experts: x", x, (None, None), dtype=float_dtypes(x))
     check_tensor("moe_experts: gate_up", gate_up, (None, None, x.shape[1]), like=x)
     num_experts, width = gate_up.shape[0], gate_up.shape[1] // 2
     check_tensor("moe_experts: gate_up", gate_up, (None, 2 * width, None))
     check_tensor("moe_experts: down", down, (num_experts, x.shape[1], width), like=x)
-    check_tensor("moe_experts: weights", weights, (x.shape[0], None), dtype=_WEIGHTS, like=x)
+    check_tensor("moe_experts: weights", weights, (x.shape[0], None), dtype=float_dtypes(x), like=x)
     check_tensor("moe_experts: experts", experts, tuple(weights.shape), dtype=(torch.int32, torch.int64), like=x)
     offsets, gather, inverse = sort_by_expert(experts, num_experts)
     weights = weights.to(compute_dtype(x.dtype)).contiguous()
     return _Experts.apply(x, weights, gate_up, down, offsets, gather, inverse, recompute)
-
-
-_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def moe_mlp(
@@ -366,6 +363,8 @@ def moe_mlp(
 
     Differentiable in x, router_logits, gate_up and down. Shapes, dtypes and errors as there.
     """
+    check_tensor("moe_mlp: x", x, (None, None))
+    check_tensor("moe_mlp: gate_up", gate_up, (None, None, None))
     check_tensor("moe_mlp: router_logits", router_logits, (x.shape[0], gate_up.shape[0]))
     weights, experts = route(router_logits, top_k, renormalize=renormalize)
     return moe_experts(x, weights, experts, gate_up, down)

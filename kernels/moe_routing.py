@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl, unit_rows
 
 # --- torch reference -------------------------------------------------------------------------------------------------
@@ -293,21 +293,18 @@ class _Route(torch.autograd.Function):
 def route(router_logits: torch.Tensor, top_k: int, *, renormalize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [T, K] fp32, experts [T, K] int32): softmax over all experts in fp32, then the `top_k` largest.
 
-    router_logits [T, E] in any floating dtype; 1 <= top_k <= E <= 1024. Best first; equal logits in order of their
-    index, on every device (torch.topk promises nothing there, and with bf16 logits ties are common). renormalize: a
-    token's weights sum to 1 (Mixtral); False: they stay as the softmax left them (norm_topk_prob=False). Weights are
-    differentiable. A row with a NaN gets NaN weights and some valid experts.
+    router_logits [T, E] in bf16, fp16 or fp32 (on a CPU fp64, and then fp64 weights); 1 <= top_k <= E <= 1024. Best
+    first; equal logits in order of their index, on every device (torch.topk promises nothing there, and with bf16
+    logits ties are common). renormalize: a token's weights sum to 1 (Mixtral); False: they stay as the softmax left
+    them (norm_topk_prob=False). Weights are differentiable. A row with a NaN gets NaN weights and some valid experts.
 
     Raises:
         ValueError: a wrong shape or dtype, top_k out of range.
     """
-    check_tensor("route: router_logits", router_logits, (None, None), dtype=_FLOATS)
+    check_tensor("route: router_logits", router_logits, (None, None), dtype=float_dtypes(router_logits))
     if not 1 <= top_k <= router_logits.shape[1] <= 1024:
         raise ValueError(f"route: top_k is {top_k}, experts {router_logits.shape[1]}; allowed: 1 <= top_k <= E <= 1024")
     return _Route.apply(router_logits, top_k, renormalize)
-
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -345,6 +342,7 @@ def load_balancing_loss(
     f_e: slots that expert e got per token; P_e: its mean probability, through which alone the gradient flows. Given
     the logits [T, E] of several layers, f and P are means over all of them, as in transformers'
     load_balancing_loss_func (whose softmax is in the logits' dtype; here fp32). mask [T]: tokens that count (not 0).
+    Where none does, the loss is 0.
 
     Raises:
         ValueError: as `route`; layers or a mask of different shapes.
@@ -363,11 +361,12 @@ def load_balancing_loss(
         if mask is None:
             tokens = tokens + len(logits)
         else:
-            check_tensor("load_balancing_loss: mask", mask, tuple(logits.shape[:1]))
+            check_tensor("load_balancing_loss: mask", mask, tuple(logits.shape[:1]), dtype=mask.dtype, like=logits)
             counts = (mask != 0).unsqueeze(1)
             experts = torch.where(counts, experts, num_experts)
             p = torch.where(counts, p, 0.0)
             tokens = tokens + counts.sum()
         slots = slots + expert_load(experts, num_experts)
         probability = probability + p.sum(0)
+    tokens = tokens.clamp(min=1)
     return num_experts * torch.sum((slots / tokens) * (probability / tokens))

@@ -192,5 +192,5 @@ def _loss_obstacle(root: Any, family: str) -> str | None:
 
 def _description(linear: nn.Module) -> str:
     if type(linear) is nn.Linear:
-        return "an nn.Linear with a bias or hooks"
+        return "an nn.Linear with a bias, hooks or a weight of another class"
     return f"a {type(linear).__module__}.{type(linear).__name__}"

@@ -21,15 +21,23 @@ _WORD = 0xFFFFFFFF
 
 def philox_words(seed: int, stream: int, counter: torch.Tensor) -> list[torch.Tensor]:
     """The four words, each int64 in [0, 2^32), of every counter (int64, any shape); seed and stream modulo 2^64."""
-    c0, c1 = counter & _WORD, (counter >> 32) & _WORD
-    c2, c3 = torch.full_like(counter, stream & _WORD), torch.full_like(counter, (stream >> 32) & _WORD)
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    c0, c1 = counter & _WORD, counter >> 32
+    c2, c3 = (torch.full_like(counter, word & _WORD) for word in (stream, stream >> 32))
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
-        # 32 x 32 -> 64 bits; the sign that int64 gives the product is cut off by the masks
+        # 32 x 32 -> 64 bits. What c1 and c3 hold above 32 bits, and the sign that int64 gives a product, never count.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        c0 = b >> 32
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _WORD
+        c2 = a >> 32
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _WORD
+        c1, c3 = b, a
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return [c0, c1, c2, c3]
+    return [c0, c1 & _WORD, c2, c3 & _WORD]
 
 
 def philox_bits(seed: int, stream: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:

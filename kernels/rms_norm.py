@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, persistent_programs, tl, unit_rows
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, persistent_programs, round_to, tl, unit_rows
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -96,14 +96,6 @@ def _rms_norm_backward_recompute_cpu(
 
 
 @kernel
-def _round_hf(x, dtype: tl.constexpr, EXACT_HF: tl.constexpr, INTERPRET: tl.constexpr):
-    """fp32 `x`, rounded to `dtype` where transformers' eager code rounds and we need not."""
-    if EXACT_HF:
-        x = cast(x, dtype, INTERPRET).to(tl.float32)
-    return x
-
-
-@kernel
 def _forward_kernel(
     X, R, W, Y, S, RSTD, rows, x_stride, r_stride, eps,
     hidden: tl.constexpr, RESIDUAL: tl.constexpr, EXACT_HF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -137,7 +129,9 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(square, 1, keep_dims=True) / hidden + eps)
     tl.store(RSTD + row, rstd, in_rows)
     for c in tl.static_range(CHUNKS):
-        x_hat = _round_hf(x[c] * rstd, Y.dtype.element_ty, EXACT_HF, INTERPRET)
+        x_hat = x[c] * rstd
+        if EXACT_HF:
+            x_hat = round_to(x_hat, Y.dtype.element_ty, INTERPRET)
         y = cast(x_hat * w[c], Y.dtype.element_ty, INTERPRET)
         tl.store(Y + row * hidden + c * BLOCK + col, y, in_rows & (c * BLOCK + col < hidden))
 
@@ -150,6 +144,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """A persistent program walks over tiles, copying the next STAGES - 1 to shared memory meanwhile, and keeps its part
     of dw in registers. RECOMPUTE: y takes the place of dy, from the same products as in the forward."""
+    dtype: tl.constexpr = DX.dtype.element_ty
     col = tl.arange(0, BLOCK)[None, :]
     w: tl.tuple = ()
     dw: tl.tuple = ()
@@ -170,8 +165,10 @@ def _backward_kernel(
             x = tl.load(X + row * x_stride + c * BLOCK + col, mask, 0.0).to(tl.float32)
             dy = tl.load(DY + row * dy_stride + c * BLOCK + col, mask, 0.0).to(tl.float32)
             x_hat += (x * rstd,)
-            m += (_round_hf(dy * w[c], DX.dtype.element_ty, EXACT_HF, INTERPRET),)
-            x_hat_hf = _round_hf(x_hat[c], DX.dtype.element_ty, EXACT_HF, INTERPRET)
+            x_hat_hf, m_c = x_hat[c], dy * w[c]
+            if EXACT_HF:
+                x_hat_hf, m_c = round_to(x_hat_hf, dtype, INTERPRET), round_to(m_c, dtype, INTERPRET)
+            m += (m_c,)
             dw_next += (dw[c] + dy * x_hat_hf,)
             product += m[c] * x_hat[c]
             if RECOMPUTE:
@@ -183,9 +180,10 @@ def _backward_kernel(
             mask = in_rows & (c * BLOCK + col < hidden)
             dx = rstd * (m[c] - x_hat[c] * mean)
             if RESIDUAL:
-                dx = _round_hf(dx, DX.dtype.element_ty, EXACT_HF, INTERPRET)
+                if EXACT_HF:
+                    dx = round_to(dx, dtype, INTERPRET)
                 dx += tl.load(DS + row * ds_stride + c * BLOCK + col, mask, 0.0).to(tl.float32)
-            tl.store(DX + row * hidden + c * BLOCK + col, cast(dx, DX.dtype.element_ty, INTERPRET), mask)
+            tl.store(DX + row * hidden + c * BLOCK + col, cast(dx, dtype, INTERPRET), mask)
     for c in tl.static_range(CHUNKS):
         out = DW + tl.program_id(0) * hidden + c * BLOCK + col
         tl.store(out, tl.sum(dw[c], 0, keep_dims=True), c * BLOCK + col < hidden)
@@ -440,9 +438,7 @@ def check_norm(
     weight_name: str = "weight",
 ) -> None:
     """ValueError unless these are what the norm in `function` takes."""
-    # Triton computes in fp32, the reference in fp64 too.
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    check_tensor(f"{function}: x", x, dtype=dtypes if x.is_cuda else (*dtypes, torch.float64))
+    check_tensor(f"{function}: x", x, dtype=float_dtypes(x))
     if x.ndim == 0:
         raise ValueError(f"{function}: x is a scalar; expected [..., H]")
     check_tensor(f"{function}: {weight_name}", weight, x.shape[-1:], dtype=(x.dtype, compute_dtype(x.dtype)), like=x)

@@ -18,43 +18,41 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, next_power_of_2, tl
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
+from ._triton import cast, cdiv, kernel, launch, next_power_of_2, round_to, tl
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
 
-# Tokens of one block: its heads stay in the cache between the four passes (measured 1.5x faster than whole tensors).
-_BLOCK_TOKENS = 256
+# Tokens of one block: its heads stay in the cache between the three passes. Rolling the heads and multiplying by signed
+# tables keeps every pass at the whole width of a head: measured 1.2 to 2.8 times as fast as two passes per half.
+BLOCK_TOKENS = 256
 
 
 def gather_tables(
     cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, inverse: bool, exact_hf: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) [T, 1, D/2] of the tokens, in the dtype that rotates tensors of `dtype`."""
+    """[cos | cos] and [-sin | sin] [T, 1, D] of the tokens, in the dtype that rotates tensors of `dtype`."""
     acc = dtype if exact_hf else compute_dtype(dtype)
     cos_T1d, sin_T1d = (table.index_select(0, positions).to(acc).unsqueeze_(1) for table in (cos, sin))
-    return cos_T1d, sin_T1d.neg_() if inverse else sin_T1d
+    signed = (sin_T1d, -sin_T1d) if inverse else (-sin_T1d, sin_T1d)
+    return torch.cat((cos_T1d, cos_T1d), -1), torch.cat(signed, -1)
 
 
 def rotate_cpu(
-    x_THD: torch.Tensor, out_THD: torch.Tensor, cos_T1d: torch.Tensor, sin_T1d: torch.Tensor, exact_hf: bool
+    x_THD: torch.Tensor, out_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, exact_hf: bool
 ) -> None:
     """Write rotated x to out, which may be x; tables from `gather_tables`."""
     half = x_THD.shape[-1] // 2
-    in_place = out_THD.data_ptr() == x_THD.data_ptr()
-    for x, out, cos, sin in zip(*(t.split(_BLOCK_TOKENS) for t in (x_THD, out_THD, cos_T1d, sin_T1d))):
+    for x, out, cos, sin in zip(*(t.split(BLOCK_TOKENS) for t in (x_THD, out_THD, cos_T1D, sin_T1D))):
         x = x.to(cos.dtype)
-        y = torch.empty_like(x) if in_place or out.dtype != cos.dtype else out
-        x1, x2, y1, y2 = x[..., :half], x[..., half:], y[..., :half], y[..., half:]
+        y = x.roll(half, -1).mul_(sin)
         if exact_hf:
-            torch.mul(x1, cos, out=y1).sub_(x2 * sin)
-            torch.mul(x2, cos, out=y2).add_(x1 * sin)
+            torch.add(y, x * cos, out=out)
+        elif out.dtype == cos.dtype:
+            torch.addcmul(y, x, cos, out=out)
         else:
-            torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-            torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-        if y is not out:
-            out.copy_(y)
+            out.copy_(y.addcmul_(x, cos))
 
 
 def _rope_cpu(
@@ -106,11 +104,6 @@ def load_tables(COS, SIN, POSITIONS, token, col, HALF: tl.constexpr, INVERSE: tl
     if INVERSE:
         sin = -sin
     return cos, sin
-
-
-@kernel
-def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    return cast(x, dtype, INTERPRET).to(tl.float32)
 
 
 @kernel
@@ -259,7 +252,7 @@ def rope(
     exact_hf: round cos and sin, both products and their sum to q.dtype as transformers' apply_rotary_pos_emb does: the
     same bits in bf16 and fp16, forward and backward. Default: one rounding, closer to the true rotation.
     """
-    check_tensor("rope: q", q, (None, None, None))
+    check_tensor("rope: q", q, (None, None, None), dtype=float_dtypes(q))
     tokens, _, head_dim = q.shape
     check_tensor("rope: k", k, (tokens, None, head_dim), like=q)
     check_rotation("rope", q, head_dim, cos, sin, positions)

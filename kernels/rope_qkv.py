@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, persistent_programs, tl
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
+from ._triton import cast, cdiv, kernel, launch, persistent_programs, round_to, tl
 from .rope import (
+    BLOCK_TOKENS,
     _rope_op,
     check_rotation,
     gather_tables,
@@ -30,7 +31,6 @@ from .rope import (
     rotate_cpu,
     rotate_kernel,
     rotation,
-    round_to,
     unit_columns,
 )
 
@@ -132,10 +132,14 @@ def _norm_rope_qkv_backward_cpu(
     dws = []
     rstds = rstd.unsqueeze(-1).split((heads_q, heads_k), 1)
     for m, x, r, weight in zip(_split(dqkv, heads_q, heads_k), _split(qkv, heads_q, heads_k), rstds, (q_norm, k_norm)):
-        n = x * r
-        dws.append((m * n).sum((0, 1)).to(weight.dtype))
-        g = m.mul_(weight)
-        g.sub_(n * (g * n).mean(-1, keepdim=True)).mul_(r)
+        w, dw = weight.to(acc), torch.zeros(len(weight), dtype=acc)
+        for m_block, x_block, r_block in zip(*(t.split(BLOCK_TOKENS) for t in (m, x, r))):
+            n = x_block * r_block
+            t = (m_block * n).flatten(0, 1)  # both reductions are of this one product
+            dw += t.sum(0)
+            c = torch.mv(t, w).div_(len(w)).view(r_block.shape)
+            m_block.mul_(w).addcmul_(n, c, value=-1).mul_(r_block)
+        dws.append(dw.to(weight.dtype))
     return dqkv.to(qkv.dtype), dws[0], dws[1]
 
 
@@ -496,6 +500,7 @@ def _check(qkv: torch.Tensor, heads_q: int, heads_k: int) -> int:
     heads = heads_q + 2 * heads_k
     if heads_q < 1 or heads_k < 1:
         raise ValueError(f"rope_qkv: heads_q is {heads_q} and heads_k is {heads_k}; allowed: at least 1 each")
+    check_tensor("rope_qkv: qkv", qkv, dtype=float_dtypes(qkv))
     if qkv.ndim != 2 or qkv.shape[1] % heads:
         raise ValueError(f"rope_qkv: qkv has shape {tuple(qkv.shape)}; expected (*, a multiple of {heads} heads)")
     if qkv.stride(1) != 1 or (qkv.shape[0] > 1 and qkv.stride(0) < qkv.shape[1]):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
-from ._triton import cast, cdiv, kernel, launch, tl, unit_rows
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
+from ._triton import cast, cdiv, kernel, launch, round_to, tl, unit_rows
 
 # --- torch reference -------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def _forward_kernel(
     up = tl.load(GATE_UP + row * stride + width + col, mask, 0.0).to(tl.float32)
     act = gate * tl.sigmoid(gate)
     if EXACT_HF:
-        act = cast(act, H.dtype.element_ty, INTERPRET).to(tl.float32)
+        act = round_to(act, H.dtype.element_ty, INTERPRET)
     tl.store(H + row * width + col, cast(act * up, H.dtype.element_ty, INTERPRET), mask)
 
 
@@ -109,8 +109,7 @@ def _backward_kernel(
     s = tl.sigmoid(gate)
     act, d_act = gate * s, dh * up
     if EXACT_HF:
-        act = cast(act, dtype, INTERPRET).to(tl.float32)
-        d_act = cast(d_act, dtype, INTERPRET).to(tl.float32)
+        act, d_act = round_to(act, dtype, INTERPRET), round_to(d_act, dtype, INTERPRET)
     d_gate = d_act * s * (1.0 + gate * (1.0 - s))
     out = D_GATE_UP + row * (2 * width) + col
     tl.store(out, cast(d_gate, dtype, INTERPRET), mask)
@@ -219,9 +218,6 @@ def swiglu(gate_up: torch.Tensor, *, exact_hf: bool = False) -> torch.Tensor:
 
 def check_gate_up(function: str, gate_up: torch.Tensor) -> None:
     """ValueError unless gate_up is what SwiGLU in `function` takes."""
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    check_tensor(
-        f"{function}: gate_up", gate_up, (None, None), dtype=dtypes if gate_up.is_cuda else (*dtypes, torch.float64)
-    )
+    check_tensor(f"{function}: gate_up", gate_up, (None, None), dtype=float_dtypes(gate_up))
     if gate_up.shape[1] % 2:
         raise ValueError(f"{function}: gate_up has shape {tuple(gate_up.shape)}; expected [T, 2I]")

@@ -3,19 +3,20 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from steep.engine import SafetensorsFolder, parse_recipe, read_metrics, train
+from steep.engine.__main__ import main
 from steep.engine.checkpoint import list_checkpoints
 from steep.engine.parallel import ParallelConfig, check_world, world_from_environment
-from tests.engine.processes import run_ranks
 from tests.engine.tiny_run import make_mixtral, make_recipe, write_recipe
+from tests.processes import forkserver, run_ranks
 
 STEPS = {"steps": 5, "validation": {"every": 4, "sequences": 5}, "batch": {"sequences": 1, "micro_batches": 12}}
 
@@ -82,40 +83,55 @@ def test_a_mixture_of_experts_on_three_ranks(tmp_path):
     train(parse_recipe(values))
     out = train_ranks(3, {**values, "out": str(tmp_path / "sharded")})
     assert_close_runs(out, tmp_path / "out", tolerance=3e-6)
+    loads = [read_metrics(run / "metrics.jsonl", "train")[0]["expert_load"] for run in (out, tmp_path / "out")]
+    assert loads[0] == loads[1]
+    assert torch.tensor(loads[0]).shape == (2, 4)
+    torch.testing.assert_close(torch.tensor(loads[0]).sum(1), torch.ones(2), rtol=0, atol=1e-3)
 
 
 # --- resume and faults: real processes, as torchrun starts them ---
 
 
-def start_ranks(world_size: int, recipe: Path) -> list[subprocess.Popen]:
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "steep.engine", recipe],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+def main_rank(rank: int, world_size: int, port: int, recipe: Path, log: Path) -> None:
+    """`python -m steep.engine RECIPE` of one rank, in a process that has imported everything already."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["steep.engine", str(recipe)]
+    main()
 
 
-def wait_for_steps(out: Path, steps: int, ranks: list[subprocess.Popen]) -> None:
+class Rank:
+    """A process of a run. log: what it wrote to stderr."""
+
+    def __init__(self, *args: Any) -> None:
+        self.log: Path = args[-1]
+        self.process = forkserver().Process(target=main_rank, args=args)
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def finish(self, timeout: float = 90) -> tuple[int | None, str]:
+        """(status, stderr)."""
+        self.process.join(timeout)
+        return self.process.exitcode, self.log.read_text()
+
+
+def start_ranks(world_size: int, recipe: Path) -> list[Rank]:
+    port = free_port()
+    return [Rank(rank, world_size, port, recipe, recipe.parent / f"stderr-{rank}") for rank in range(world_size)]
+
+
+def wait_for_steps(out: Path, steps: int, ranks: list[Rank]) -> None:
     deadline = time.monotonic() + 90
     while not ((out / "metrics.jsonl").is_file() and len(read_metrics(out / "metrics.jsonl", "train")) >= steps):
-        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
+        assert all(rank.process.is_alive() for rank in ranks), [rank.finish()[1] for rank in ranks]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def finish(ranks: list[subprocess.Popen], timeout: float = 90) -> list[tuple[int, str]]:
-    """(status, stderr) of each rank."""
-    errors = [rank.communicate(timeout=timeout)[1] for rank in ranks]
-    return [(rank.returncode, error) for rank, error in zip(ranks, errors)]
 
 
 SHORT = {"steps": 24, "batch": {"sequences": 1, "micro_batches": 6}, "validation": {"every": 100}}
@@ -126,8 +142,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_world_go
     recipe = write_recipe(tmp_path, **SHORT)
     ranks = start_ranks(2, recipe)
     wait_for_steps(tmp_path / "out", 3, ranks)
-    ranks[1].send_signal(signal.SIGUSR1)
-    assert [status for status, _ in finish(ranks)] == [0, 0]
+    ranks[1].send(signal.SIGUSR1)
+    assert [rank.finish()[0] for rank in ranks] == [0, 0]
     stopped_at = len(read_metrics(tmp_path / "out" / "metrics.jsonl", "train"))
     assert list_checkpoints(tmp_path / "out" / "checkpoints")[0].name == f"step-{stopped_at:08d}"
     assert 3 <= stopped_at < 24
@@ -143,11 +159,10 @@ def test_a_dead_rank_ends_the_others_by_name(tmp_path, victim):
     recipe = write_recipe(tmp_path, **ENDLESS)
     ranks = start_ranks(2, recipe)
     wait_for_steps(tmp_path / "out", 2, ranks)
-    ranks[victim].kill()
+    ranks[victim].send(signal.SIGKILL)
     killed_at = time.monotonic()
-    results = finish(ranks, timeout=40)
+    status, message = ranks[1 - victim].finish(timeout=40)
     assert time.monotonic() - killed_at < 20
-    status, message = results[1 - victim]
     assert status == 4, message
     assert f"rank {victim}" in message
 
@@ -157,9 +172,9 @@ def test_a_stuck_rank_ends_all_by_name(tmp_path):
     recipe = write_recipe(tmp_path, **ENDLESS)
     ranks = start_ranks(2, recipe)
     wait_for_steps(tmp_path / "out", 2, ranks)
-    ranks[1].send_signal(signal.SIGSTOP)
-    status, message = finish(ranks[:1], timeout=40)[0]
-    ranks[1].kill()
+    ranks[1].send(signal.SIGSTOP)
+    status, message = ranks[0].finish(timeout=40)
+    ranks[1].send(signal.SIGKILL)
     assert status == 4, message
     assert "rank 1" in message
 
@@ -170,9 +185,10 @@ def test_killed_and_resumed_on_the_same_ranks_bit_for_bit(tmp_path):
         ranks = start_ranks(2, recipe)
         wait_for_steps(tmp_path / "out", steps, ranks)
         for rank in ranks:
-            rank.kill()
-        finish(ranks)
-    assert [status for status, _ in finish(start_ranks(2, recipe))] == [0, 0]
+            rank.send(signal.SIGKILL)
+        for rank in ranks:
+            rank.finish()
+    assert [rank.finish()[0] for rank in start_ranks(2, recipe)] == [0, 0]
     straight = make_recipe(tmp_path, **SHORT, out=str(tmp_path / "straight"))
     train_ranks(2, straight)
     for name in ("model", "checkpoints/step-00000024"):
@@ -184,7 +200,7 @@ def test_mistakes_are_said_once(tmp_path):
     recipe = write_recipe(tmp_path, **SHORT)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    results = finish(start_ranks(2, recipe))
+    results = [rank.finish() for rank in start_ranks(2, recipe)]
     assert [status for status, _ in results] == [2, 2]
     assert "is not empty and holds no training run" in results[0][1]
     assert "not empty" not in results[1][1]

@@ -68,7 +68,8 @@ def test_saved_bytes_are_what_the_formula_says(case, mode, dtype, float8):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         decoder.loss(decoder(tokens, positions, cu_seqlens, max_seqlen), labels_of(docs))
-    for constant in (*decoder.parameters(), *decoder.rope_tables.get(max_seqlen, tokens.device), cu_seqlens):
+    tables = decoder.rope_tables.get(max_seqlen, tokens.device)
+    for constant in (*decoder.parameters(), *tables, tokens, positions, cu_seqlens):
         kept.pop(constant.untyped_storage().data_ptr(), None)
     saved = sum(size for size, tensor in kept.values() if tensor.shape != decoder.head_weight.shape)
     expected = saved_bytes_per_token(decoder.config, mode, dtype, float8=float8) * len(tokens)

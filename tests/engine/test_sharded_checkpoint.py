@@ -14,7 +14,7 @@ from steep.engine import checkpoint
 from steep.engine.checkpoint import CheckpointWriter, DamagedCheckpoint, load_newest, load_state
 from steep.engine.ranks import Ranks
 from steep.engine.shards import local_shard
-from tests.engine.processes import (
+from tests.processes import (
     exit_codes,
     limited_files,
     meshes,

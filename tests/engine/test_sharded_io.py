@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from steep.engine import weights
 from steep.engine.config import ModelConfig
@@ -20,7 +19,7 @@ from steep.engine.ranks import Ranks
 from steep.engine.safetensors_io import INDEX_FILE, SafetensorsFolder, SafetensorsWriter
 from steep.engine.shards import local_shard
 from steep.engine.weights import export_model, hf_tensors, load_weights
-from tests.engine.processes import exit_codes, limited_files, meshes, process_group, raises_everywhere, run_ranks
+from tests.processes import exit_codes, limited_files, meshes, process_group, raises_everywhere, run_ranks
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -40,14 +39,22 @@ QWEN3 = {
 }
 
 
-def make_model(folder: Path, *, max_shard_bytes: int = 1000, stored_head: bool = False, **changes) -> Path:
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+MODELS = ("untied", "tied", "stored_head", "mixtral", "stacked")
+
+
+def make_model(
+    folder: Path, *, max_shard_bytes: int = 1000, stored_head: bool = False, stacked_experts: bool = False, **changes
+) -> Path:
     """Random weights in bf16, in several files. `stored_head`: a tied model that stores its head none the less."""
     folder.mkdir()
     config = QWEN3 | changes
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         decoder = Decoder(ModelConfig.from_dict(config))
-    shapes = {name: placement.shape for name, placement in hf_tensors(decoder).items()}
+    shapes = {name: placement.shape for name, placement in hf_tensors(decoder, stacked_experts).items()}
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     if stored_head:
@@ -83,7 +90,7 @@ def _round_trips(rank: int, root: Path) -> None:
             continue
         with process_group(root, rank, world_size):
             for kind, mesh in meshes(world_size).items():
-                for model in ("untied", "tied", "stored_head") if world_size == 3 else ("untied",):
+                for model in MODELS if world_size == 3 else ("untied", "mixtral"):
                     decoder = sharded_decoder(root / model, mesh)
                     load_weights(decoder, root / model, torch.float32)
                     _check_values(decoder, root / model)
@@ -102,7 +109,7 @@ def _check_values(decoder: Decoder, folder: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    for name, placement in hf_tensors(decoder).items():
+    for name, placement in hf_tensors(decoder, "model.layers.0.mlp.experts.gate_up_proj" in tensors).items():
         shard = local_shard(decoder.get_parameter(placement.parameter))
         first, part = shard.part_of(placement.offset, placement.offset + placement.numel)
         assert torch.equal(part, tensors[name].view(-1)[first : first + part.numel()].to(part.dtype)), name
@@ -112,11 +119,13 @@ def test_any_number_of_ranks_writes_the_bytes_of_one_process(tmp_path: Path) -> 
     make_model(tmp_path / "untied")
     make_model(tmp_path / "tied", tie_word_embeddings=True, max_shard_bytes=1 << 30)
     make_model(tmp_path / "stored_head", tie_word_embeddings=True, stored_head=True)
+    make_model(tmp_path / "mixtral", **MIXTRAL)
+    make_model(tmp_path / "stacked", stacked_experts=True, **MIXTRAL)
     run_ranks(_round_trips, 4, tmp_path)
-    for model in ("untied", "tied", "stored_head"):
+    for model in MODELS:
         expected = weight_files(tmp_path / model)
         outs = sorted(tmp_path.glob(f"{model}-*"))
-        assert len(outs) == (10 if model == "untied" else 2)
+        assert len(outs) == (10 if model in ("untied", "mixtral") else 2)
         for out in outs:
             files = json.loads((out / "manifest.json").read_text())["files"]
             assert sorted(files) == sorted(path.name for path in out.iterdir() if path.name != "manifest.json")

@@ -5,11 +5,26 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from steep.engine.shards import local_shard
+from steep.engine.shards import LocalShard, local_shard
+from tests.processes import meshes, process_group, run_ranks
 
 SHAPES = [(7, 3), (8, 2), (3, 5), (1, 4), (2,), (9,), (5, 2, 3), (4, 0)]
+
+
+def test_part_of_a_range():
+    shard = LocalShard(torch.arange(10.0, 16.0), first=10, total=20, writes=True)  # elements 10..15
+    for begin, end, first, values in (
+        (0, 20, 10, [10, 15]),
+        (12, 14, 0, [12, 13]),
+        (8, 11, 2, [10, 10]),
+        (15, 18, 0, [15, 15]),
+    ):
+        part_first, part = shard.part_of(begin, end)
+        assert part_first == first
+        assert [part[0], part[-1]] == values
+    for begin, end in ((0, 10), (16, 20), (0, 3), (18, 20), (12, 12)):
+        assert shard.part_of(begin, end)[1].numel() == 0
 
 
 def test_a_plain_tensor_is_one_range():
@@ -43,14 +58,15 @@ def _check_cover(shard, flat):
 
 
 def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    from torch.distributed.device_mesh import init_device_mesh
+    with process_group(folder, rank, 4):
+        _check_rank(rank)
+
+
+def _check_rank(rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    flat_mesh = init_device_mesh("cpu", (4,))
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    flat_mesh, grid = meshes(4).values()
     for shape in SHAPES:
         whole = torch.arange(float(math.prod(shape))).view(shape)
         flat = whole.view(-1)
@@ -85,8 +101,7 @@ def _rank(rank, folder):
     for placements in ([Shard(1), Replicate()], [Shard(0), Shard(0)]):
         with pytest.raises(ValueError, match=r"allowed: Shard\(0\) in one mesh dimension"):
             local_shard(distribute_tensor(torch.zeros(4, 4), grid, placements))
-    dist.destroy_process_group()
 
 
 def test_four_ranks(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=4)
+    run_ranks(_rank, 4, tmp_path)

@@ -16,6 +16,7 @@ import torch
 from steep.engine import Engine, SafetensorsFolder, TrainingDiverged, parse_recipe, read_metrics, train
 from steep.engine.checkpoint import list_checkpoints
 from tests.engine.tiny_run import make_model, make_recipe, make_store, write_recipe
+from tests.processes import forkserver
 
 # What depends on the clock or the process, not on the run.
 TIMED = ("tokens_per_second", "data_wait", "memory_bytes")
@@ -117,26 +118,36 @@ def test_a_finished_run_is_left_alone(reference):
     assert (reference / "manifest.json").read_bytes() == before
 
 
-def test_kill_at_arbitrary_moments_and_resume_bitwise(root, reference):
-    """SIGKILL, again and again, wherever the process happens to be; then to the end. Every start is a new process."""
-    recipe = write_recipe(root)
-    metrics = root / "out" / "metrics.jsonl"
-    moments = random.Random(4)
-    command = [sys.executable, "-m", "steep.engine", recipe]
-    for lines in (2, 8):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= lines):
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(moments.random() * 0.05)
+def train_quietly(values: dict) -> None:
+    torch.set_num_threads(1)
+    train(parse_recipe(values))
+
+
+def test_killed_at_thirty_moments_the_run_is_the_same_to_the_bit(root, reference):
+    """SIGKILL, again and again: wherever the process is, and while a checkpoint or an export is half-written;
+    then to the end. Processes are forked from a server that has imported everything, so a kill costs a second."""
+    out = root / "out"
+    values = make_recipe(root, checkpoint={"every": 1, "keep": 2}, export={"every": 2})
+    moments, hits = random.Random(4), 0
+    for kill in range(30):
+        process = forkserver().Process(target=train_quietly, args=(values,))
+        process.start()
+        if kill % 2:
+            process.join(moments.uniform(0.0, 1.5))
+        else:  # as soon as a folder is being written, or a little later
+            deadline = time.monotonic() + 20
+            while process.is_alive() and time.monotonic() < deadline:
+                if any(any(folder.glob(".*")) for folder in (out, out / "checkpoints", out / "exports")):
+                    time.sleep(moments.uniform(0.0, 0.01))
+                    hits += 1
+                    break
         process.kill()
-        process.communicate()
-        assert not (root / "out" / "model").exists() or (root / "out" / "model" / "manifest.json").is_file()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert_same_run(root / "out", reference)
-    assert not list((root / "out").rglob(".*"))
+        process.join()
+        assert not (out / "model").exists() or (out / "model" / "manifest.json").is_file()
+    assert hits > 5
+    train(parse_recipe(values))
+    assert_same_run(out, reference)
+    assert not list(out.rglob(".*"))
 
 
 def test_termination_finishes_the_step_and_resumes_bitwise(root, reference, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steep.data import tokenize_files
-from steep.data.files import make_manifest, read_manifest, write_manifest
+from steep.data.files import read_manifest
+from steep.engine.checkpoint import CheckpointWriter
 from steep.engine.config import ModelConfig
 from steep.engine.gguf_tokenizer import tokenizer_files
 from steep.engine.model import Decoder
@@ -80,9 +81,9 @@ def test_a_tokenizer_larger_than_the_embedding(model: Path) -> None:
 
 
 def test_an_architecture_that_is_not_computed_is_checked_as_far_as_possible(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text()) | {"model_type": "mixtral"}
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "gemma2"}
     (model / "config.json").write_text(json.dumps(config))
-    assert "mixtral: not an architecture that steep computes" in verify(model)["artefacts"][0]["config"]
+    assert "gemma2: not an architecture that steep computes" in verify(model)["artefacts"][0]["config"]
     change_tensor(model, "model.norm.weight", torch.full((48,), float("inf")))
     with pytest.raises(ValueError, match="model.norm.weight holds NaN or Inf"):
         verify(model)
@@ -120,10 +121,10 @@ def test_a_token_store(model: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_and_the_artefacts_below_a_folder(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
-    folder.mkdir(parents=True)
-    save_file({"model.a": torch.ones(3), "optimizer.rest.a": torch.ones(3, dtype=torch.int16)}, folder / SINGLE_FILE)
-    files = {SINGLE_FILE: (folder / SINGLE_FILE).stat().st_size}
-    write_manifest(folder, make_manifest("checkpoint", figures={"files": files}))
+    writer = CheckpointWriter(folder.parent, keep=1)
+    writer.save(1, {"model.a": torch.ones(3), "optimizer.rest.a": torch.ones(3, dtype=torch.int16)}, {})
+    assert writer.wait() is None
+    size = (folder / SINGLE_FILE).stat().st_size
     exported.rename(tmp_path / "run" / "model")
     hidden = tmp_path / "run" / ".model.tmp-host-1-ab"
     hidden.mkdir()
@@ -133,10 +134,11 @@ def test_a_checkpoint_and_the_artefacts_below_a_folder(exported: Path, tmp_path:
     assert [artefact["kind"] for artefact in report["artefacts"]] == ["checkpoint", "model"]
 
     save_file({"model.a": torch.full((3,), float("nan"))}, folder / SINGLE_FILE)
-    with pytest.raises(ValueError, match="2 problems: ") as error:
+    with pytest.raises(ValueError, match="3 problems: ") as error:
         verify(tmp_path / "run")
     assert "model.a holds NaN or Inf" in str(error.value)
-    assert f"manifest.json says {files[SINGLE_FILE]}" in str(error.value)
+    assert "of model.a have CRC-32" in str(error.value)
+    assert f"manifest.json says {size}" in str(error.value)
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The prefix tree against one request at a time, and against float64 log-probabilities of the Hugging Face model."""
 
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steep.engine import Decoder
 from steep.eval import Request, Scorer, load_model
 from steep.eval.scorer import MIN_SHARED_TOKENS, Node, prefix_tree, tree_tokens
 
@@ -60,6 +62,27 @@ def test_equal_to_float64_hugging_face(tiny: Path, model: tuple) -> None:
         logprob, greedy = reference(tiny, request)
         assert score.logprob == pytest.approx(logprob, abs=1e-4)
         assert score.is_greedy == greedy
+
+
+def test_a_mixture_of_experts_is_scored(model: tuple) -> None:
+    """Packed, with shared prefixes: each token goes to the experts that it goes to alone."""
+    config = dataclasses.replace(
+        model[0].config, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+    )
+    mixture = Decoder(config)
+    mixture.init_weights(seed=0, std=0.3)
+    requests = requests_with_shared_prefixes()[:20]
+    scores = Scorer(mixture, model[1]).loglikelihood(requests)
+    mixture.double()
+    for request, score in zip(requests, scores):
+        context, continuation = request.context, request.continuation
+        tokens = torch.tensor([*context, *continuation][:-1])
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        with torch.no_grad():
+            hidden = mixture(tokens, torch.arange(len(tokens)), bounds, len(tokens))
+            logits = hidden[len(context) - 1 :] @ mixture.head_weight.T
+        logprobs = logits.log_softmax(-1)[range(len(continuation)), continuation]
+        assert score.logprob == pytest.approx(float(logprobs.sum()), abs=1e-4)
 
 
 def test_greedy_continuation_is_recognised(model: tuple) -> None:

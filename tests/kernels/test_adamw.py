@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import math
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steep.kernels import AdamWShard, adamw_
 from steep.kernels._shards import ShardTable, _table
@@ -185,6 +188,88 @@ def test_a_hidden_master_is_updated_as_an_fp32_weight(path, residual, moments):
         assert torch.equal(remainder, shard.remainder)
 
 
+def fsdp_shards(weights, moments, world, rank):
+    """One rank's (decayed, undecayed) shards before the first step, by AdamWShard's recipe: rows as FSDP2 deals them
+    out, those of the smaller parameters to some ranks only. And the range of rows of each."""
+    dtype, residual = WEIGHTS[weights]
+    shards, rows_of, begin = ([], []), ([], []), 0
+    for n, shape in enumerate([(7, 256), (33,), (5, 51), (2, 512), (1, 3), (0, 4), (300,)]):
+        rows, row = shape[0], math.prod(shape[1:])
+        first, last = (min(r * -(-rows // world), rows) for r in (rank, rank + 1))
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(dtype)
+        shard = AdamWShard.zeros(
+            whole[first:last].clone().view(-1),
+            residual=residual,
+            moments=BF16 if moments == UINT8 and row % SCALE_BLOCK else moments,
+            first_index=begin + first * row,
+        )
+        shards[len(shape) == 1].append(shard)
+        rows_of[len(shape) == 1].append((n, first * row, last * row))
+        begin += -(-whole.numel() // SCALE_BLOCK) * SCALE_BLOCK
+    return shards, rows_of
+
+
+def trained_under_fsdp(weights, moments, world):
+    """The names and bytes of everything that is stored, all ranks' shards put together."""
+    stored: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for rank in range(world):
+        shards, rows_of = fsdp_shards(weights, moments, world, rank)
+        for step in (1, 2):
+            for group, rows, decay in zip(shards, rows_of, (DECAY, 0.0)):
+                grads = [gradient(2000, 10 * step + n)[a:b] for n, a, b in rows]
+                update(group, grads, step, weight_decay=decay, grad_scale=torch.tensor(0.7))
+        for shard, (n, _, _) in zip(sum(shards, []), sum(rows_of, [])):
+            for name, tensor in tensors(shard).items():
+                stored.setdefault((n, name), []).append(tensor.view(UINT8))
+    return {key: torch.cat(parts) for key, parts in stored.items()}
+
+
+@every_mode
+def test_one_two_and_three_ranks_train_to_the_same_bits(weights, moments):
+    alone = trained_under_fsdp(weights, moments, 1)
+    for world in (2, 3):
+        together = trained_under_fsdp(weights, moments, world)
+        assert alone.keys() == together.keys()
+        assert all(torch.equal(alone[key], together[key]) for key in alone)
+
+
+def test_ranks_train_to_the_same_bits_interpreted(monkeypatch):
+    use_triton(monkeypatch)
+    alone, together = (trained_under_fsdp("remainder", UINT8, world) for world in (1, 3))
+    assert all(torch.equal(alone[key], together[key]) for key in alone)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_the_remainder_is_exact_over_all_of_bf16_and_nan_stays_nan(path):
+    """A step of length zero on every bf16 number, inf and subnormals too, with remainders of all sizes."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).repeat(3)
+    ends = torch.tensor([-(2**15), 2**15 - 1, 0]).to(torch.int16).repeat_interleave(2**16)
+    between = torch.randint(-(2**15), 2**15, (2**16,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    bits, remainder = torch.cat([bits, bits[: 2**16]]), torch.cat([ends, between])
+    zeros = torch.zeros(len(bits))
+    shard = AdamWShard(bits.clone().view(BF16), zeros.clone(), zeros.clone(), remainder=remainder.clone())
+    nan = join_master(shard.param, shard.remainder).isnan()
+    assert nan.any()
+    update([shard], [zeros], lr=0.0)
+    assert torch.equal(shard.param.view(torch.int16)[~nan], bits[~nan])
+    assert torch.equal(shard.remainder[~nan], remainder[~nan])
+    assert shard.param[nan].isnan().all()  # 0x7FFFFFFF, which a GPU computes, rounded up would be -0
+    assert join_master(shard.param, shard.remainder)[nan].isnan().all()
+
+
+def test_a_learning_rate_is_fp32_on_a_gpu(monkeypatch):
+    """Every multiplication in fp64 of a GPU is some that it does not do in fp32; tensors without data stand in."""
+    rates = []
+    monkeypatch.setattr(kernel_module("adamw"), "_adamw_op", lambda *args: rates.append(args[8]))
+    with FakeTensorMode():
+        shard = AdamWShard.zeros(torch.zeros(8, device="cuda"))
+        step = torch.ones((), device="cuda")
+        for lr in (LR, torch.full((), LR, device="cuda"), torch.full((), LR, device="cuda", dtype=torch.float64)):
+            adamw_([shard], [shard.param], lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY, step=step)
+    assert [rate.dtype for rate in rates] == [FP32, FP32, torch.float64]
+    assert {rate.device.type for rate in rates} == {"cuda"}
+
+
 @every_mode
 @settings(max_examples=4, deadline=None)
 @given(data=st.data())
@@ -205,7 +290,7 @@ def test_no_division_into_shards_changes_a_bit(weights, moments, data):
         assert same_bits(whole, divided)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations((FP32, BF16, UINT8), 2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations((FP32, BF16, UINT8), 2)])
 def test_moments_of_two_kinds(path, first, second):
     """Neither moment depends on the other, nor on how it is stored."""
     a, b = (trained_shard(300, "remainder", moments) for moments in (first, second))
@@ -302,23 +387,24 @@ def test_nothing_to_do(path):
         update([shard], [torch.zeros(0)])
 
 
+@cache
+def loss_after_training(weights, moments):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(256, 64, generator=generator) * torch.exp(torch.randn(64, generator=generator))
+    target = x @ torch.randn(64, 8, generator=generator) + torch.randn(256, 8, generator=generator)
+    dtype, residual = WEIGHTS[weights]
+    shard = AdamWShard.zeros(torch.zeros(512, dtype=dtype), residual=residual, moments=moments)
+    for step in range(1, 201):
+        rows = torch.randint(0, 256, (64,), generator=generator)
+        w = values(shard)[0].float().view(64, 8) if residual else shard.param.float().view(64, 8)
+        grad = x[rows].T @ (x[rows] @ w - target[rows]) / 64
+        update([shard], [grad.flatten().bfloat16()], step, lr=0.05 * (1 - step / 201), weight_decay=0.0)
+    return ((x @ values(shard)[0].float().view(64, 8) - target) ** 2).mean().item()
+
+
 @every_mode
 def test_training_ends_where_fp32_ends(weights, moments):
     """Noisy least squares, 200 steps: what matters of all the roundings in the end."""
-
-    def loss_after_training(weights, moments):
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(256, 64, generator=generator) * torch.exp(torch.randn(64, generator=generator))
-        target = x @ torch.randn(64, 8, generator=generator) + torch.randn(256, 8, generator=generator)
-        dtype, residual = WEIGHTS[weights]
-        shard = AdamWShard.zeros(torch.zeros(512, dtype=dtype), residual=residual, moments=moments)
-        for step in range(1, 201):
-            rows = torch.randint(0, 256, (64,), generator=generator)
-            w = values(shard)[0].float().view(64, 8) if residual else shard.param.float().view(64, 8)
-            grad = x[rows].T @ (x[rows] @ w - target[rows]) / 64
-            update([shard], [grad.flatten().bfloat16()], step, lr=0.05 * (1 - step / 201), weight_decay=0.0)
-        return ((x @ values(shard)[0].float().view(64, 8) - target) ** 2).mean().item()
-
     reference = loss_after_training("fp32", FP32)
     # Measured: 0, 0.0002 and 0.004 with an exact weight; 0.014 to 0.019 without, whose steps are rounded to bf16.
     bound = 0.03 if weights == "bf16" else {FP32: 0.0, BF16: 0.001, UINT8: 0.01}[moments]
@@ -366,6 +452,12 @@ def test_a_wrong_argument_is_refused_by_name():
         ({"lr": torch.tensor(1)}, "lr is torch.int64"),
         ({"betas": (0.9, 1.0)}, "betas are"),
         ({"skip": torch.zeros((), device="meta")}, "skip is on meta"),
+        ({"lr": -1e-3}, "lr is -0.001"),
+        ({"lr": torch.tensor(1e-3, device="meta")}, "lr is on meta"),
+        ({"eps": -1e-8}, "eps is -1e-08"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"grad_scale": torch.zeros((), dtype=torch.float64)}, "grad_scale is torch.float64"),
     ):
         with pytest.raises(ValueError, match="adamw_: .*") as error:

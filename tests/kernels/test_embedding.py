@@ -223,6 +223,7 @@ def test_wrong_arguments_are_named():
         (TOKENS, weight, {"main_grad": weight[1:]}, "embedding: main_grad has shape"),
         (TOKENS, weight, {"main_grad": weight.double()}, "embedding: main_grad is torch.float64"),
         (TOKENS, weight, {"main_grad": torch.zeros(H, V).T}, "must be contiguous"),
+        (TOKENS, weight, {"main_grad": torch.zeros(V, H, requires_grad=True)}, "require no gradient"),
         (TOKENS, torch.zeros(V, 6), {"noise": noise}, "multiple of 4"),
         (torch.tensor([1, V, -1]), weight, {}, rf"tokens\[1\] is {V}; allowed: 0 to {V - 1}"),
         (torch.tensor([1, 2, -1]), weight, {}, r"tokens\[2\] is -1"),

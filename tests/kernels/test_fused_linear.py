@@ -192,6 +192,24 @@ def test_compiles_as_one_graph_with_the_same_gradients(layer):
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_autocast_changes_nothing(layer, precision, trained):
+    """The product is one of the operands given; autocast would compute it in another dtype than its backward."""
+    fused, _, shapes = layer
+    results = []
+    for enabled in (False, True):
+        inputs = random(shapes, precision)
+        for x in inputs[:-2]:
+            x.requires_grad_(trained)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = fused(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+        out.sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs if x.requires_grad)])
+    assert all(a.dtype == b.dtype == precision and torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_no_tokens(path, layer):
     fused, _, shapes = layer
     inputs = random([(0, *shape[1:]) if shape[0] == T else shape for shape in shapes])

@@ -27,6 +27,13 @@ def test_ten_million_elements(dtype):
     assert torch.allclose(squared_norm([grad]).sqrt(), true_norm([grad]), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3])
+def test_roundings_of_equal_gradients_do_not_add_up(dtype, value):
+    """Where all elements are equal every rounding goes the same way: the worst case for a long fp32 sum."""
+    grad = torch.full((2_000_003,), value).to(dtype)
+    assert torch.allclose(squared_norm([grad]), grad.double().square().sum(), rtol=2.4e-6, atol=0)
+
+
 def test_mixed_dtypes_unaligned_views_and_the_same_bits_twice(path):
     grads = [*gradients(torch.float32), *gradients(torch.bfloat16), torch.ones(100)[3:90]]
     norm = squared_norm(grads)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from steep.kernels import grouped_mm, grouped_weight_grad
 from tests.kernels.conftest import use_triton
 from tests.kernels.kernel_checks import FP32_BOUND, check, errors, gradients, kernel_module
+from tests.kernels.offset_checks import narrow_products
 
 module = kernel_module("grouped_mm")
 tile_sizes = module.tile_sizes
@@ -136,6 +137,18 @@ def test_strided_and_transposed_arguments(path):
     assert errors([grouped_mm(wide[:, 10:50], turned, offsets)], [want])[0] < FP32_BOUND
 
 
+def test_no_offset_wraps_around():
+    x, dy, weight = (torch.empty(sizes, device="meta") for sizes in ((9, 40), (9, 72), (3, 72, 40)))
+    offsets = torch.empty(3, dtype=torch.int32, device="meta")
+    lengths = {"%width", "%depth", "%w_stride", "%w_row", "%w_col"}  # what else is multiplied counts tiles
+    for call in (
+        (module._grouped_mm_triton, x, weight, offsets),
+        (module._grouped_mm_triton, dy, weight.transpose(1, 2), offsets),
+        (module._grouped_mm_dw_triton, dy, x, offsets, torch.float32),
+    ):
+        assert not [factors for factors in narrow_products("grouped_mm", *call) if lengths & {*factors}]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -144,6 +157,7 @@ def test_strided_and_transposed_arguments(path):
         ({"offsets": torch.tensor([4])}, "offsets"),
         ({"offsets": torch.tensor([1, 4])}, "offsets.*int64"),
         ({"x": torch.ones(4)}, "grouped_mm: x"),
+        ({"x": torch.ones(4, 6, dtype=torch.int64)}, "grouped_mm: x is torch.int64"),
         ({"offsets": torch.tensor([1, 5], dtype=torch.int32)}, r"\[1, 5\].*4 rows"),
         ({"offsets": torch.tensor([3, 2], dtype=torch.int32)}, r"\[3, 2\]"),
     ],

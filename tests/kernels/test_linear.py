@@ -31,6 +31,13 @@ def test_only_the_gradients_asked_for():
     assert weight.grad is not None
 
 
+def test_under_autocast_it_is_torchs_own():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
 def test_without_onednn(monkeypatch):
     x, weight = torch.randn(9, 16), torch.randn(12, 16)
     with_onednn = gradients(linear, [x, weight], torch.float32)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from steep.kernels import FusedLMHead, linear_cross_entropy
 from tests.kernels.kernel_checks import errors
+from tests.processes import run_ranks
 
 T, H, V = 24, 16, 50
 
@@ -43,8 +44,6 @@ def step(tied):
 
 def fsdp_rank(rank, folder):
     """One of two ranks: its half of the batch; rank 0 writes down the results."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
@@ -67,13 +66,21 @@ def fsdp_rank(rank, folder):
                 linear_cross_entropy(torch.ones(T, H), model.lm_head.weight, batch()[1])
             except ValueError as error:
                 results["outside"] = str(error)
+    for cast in (True, False):
+        head = FusedLMHead(H, V)
+        fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast))
+        try:
+            loss, _ = head(torch.ones(T, H).bfloat16(), batch()[1], scale=torch.tensor(1 / T))
+            results["cast", cast] = loss.dtype
+        except ValueError as error:
+            results["cast", cast] = str(error)
     if rank == 0:
         torch.save(results, f"{folder}/results")
     dist.destroy_process_group()
 
 
 def test_fsdp2_on_two_ranks_equals_one_process(tmp_path):
-    mp.start_processes(fsdp_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(fsdp_rank, 2, str(tmp_path))
     results = torch.load(tmp_path / "results")
     for tied in (False, True):
         loss, gradients = step(tied)
@@ -82,6 +89,8 @@ def test_fsdp2_on_two_ranks_equals_one_process(tmp_path):
         assert max(errors([got_loss, *got.values()], [loss, *gradients.values()])) < 1e-6
     torch.testing.assert_close(results["logits"], Model(False).lm_head.logits(torch.ones(2, 3, H)))
     assert "FusedLMHead" in results["outside"]
+    assert "scale is torch.bfloat16" in results["cast", True]
+    assert results["cast", False] == torch.float32
 
 
 def test_is_the_function(path):

@@ -2,15 +2,26 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.functional import silu
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
-from steep.kernels import moe_experts, moe_mlp, permute, sort_by_expert, unpermute
+from steep.kernels import (
+    grouped_mm,
+    grouped_weight_grad,
+    moe_experts,
+    moe_mlp,
+    permute,
+    route,
+    sort_by_expert,
+    unpermute,
+)
 from tests.kernels.conftest import use_triton
 from tests.kernels.kernel_checks import FP32_BOUND, check, errors, gradients, kernel_module
+from tests.kernels.offset_checks import narrow_products
 
 T, E, H, I = 7, 4, 32, 24  # noqa: E741
 ORDER = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i)) for i in range(T)])
@@ -200,12 +211,25 @@ def test_permute_and_unpermute_match_float64(path, dtype):
     check(there_and_back, plain, plain, args, dtype)
 
 
+def test_no_offset_wraps_around():
+    module = kernel_module("moe")
+    x, y, gate_up = (torch.empty(sizes, device="meta") for sizes in ((9, H), (18, H), (18, 2 * H)))
+    inverse, weights = torch.empty(9, 2, dtype=torch.int32, device="meta"), torch.empty(9, 2, device="meta")
+    for call in (
+        (module._permute_triton, x, inverse),
+        (module._unpermute_triton, y, weights, inverse),
+        (module._unpermute_backward_triton, x, y, weights, inverse),
+        (module._weighted_swiglu_backward_triton, y, gate_up, weights, inverse.view(-1)),
+    ):
+        assert narrow_products("moe", *call) == []
+
+
 def test_rows_far_apart_are_addressed_in_int64():
-    """Two rows 2^31 elements apart; of the 2 GiB in between no page is touched."""
-    x = torch.empty(2**31 + 4, dtype=torch.int8).as_strided((2, 4), (2**31, 1))
-    x.copy_(torch.arange(8).view(2, 4))
-    got = kernel_module("moe")._permute_triton(x, torch.tensor([[1], [0]], dtype=torch.int32))
-    assert got.tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    """Three rows 2^30 elements apart; of the 2 GiB in between no page is touched."""
+    x = torch.empty(2**31 + 4, dtype=torch.int8).as_strided((3, 4), (2**30, 1))
+    x.copy_(torch.arange(12).view(3, 4))
+    got = kernel_module("moe")._permute_triton(x, torch.tensor([[1], [0], [2]], dtype=torch.int32))
+    assert got.tolist() == [[4, 5, 6, 7], [0, 1, 2, 3], [8, 9, 10, 11]]
 
 
 def test_compiles_as_one_graph_with_the_same_numbers():
@@ -221,6 +245,7 @@ def test_compiles_as_one_graph_with_the_same_numbers():
     ("change", "message"),
     [
         ({"x": torch.ones(4)}, r"x.*\(4,\)"),
+        ({"x": torch.ones(4, 8, dtype=torch.int32)}, "x is torch.int32"),
         ({"gate_up": torch.ones(3, 7, 8)}, r"gate_up.*\(3, 7, 8\)"),
         ({"gate_up": torch.ones(3, 6, 9)}, r"gate_up.*\(3, 6, 9\)"),
         ({"down": torch.ones(3, 8, 4)}, r"down.*\(3, 8, 4\)"),
@@ -243,7 +268,27 @@ def test_wrong_arguments_are_named(change, message):
         moe_experts(**good | change)
 
 
+def test_fp64_is_refused_on_a_gpu():
+    with FakeTensorMode():
+        shapes = (4, 8), (4, 2), (3, 6, 8), (3, 8, 3)
+        x, weights, gate_up, down = (torch.zeros(shape, dtype=torch.float64, device="cuda") for shape in shapes)
+        shapes = (4, 2), (2, 2), (3,)
+        experts, inverse, offsets = (torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in shapes)
+        for function, args in (
+            (moe_experts, (x, weights, experts, gate_up, down)),
+            (unpermute, (x, weights, inverse)),
+            (route, (x, 2)),
+            (grouped_mm, (x, gate_up, offsets)),
+            (grouped_weight_grad, (x, x, offsets)),
+        ):
+            with pytest.raises(ValueError, match=f"{function.__name__}: .* is torch.float64; allowed: "):
+                function(*args)
+
+
 def test_wrong_logits_and_order_are_named():
+    for x, gate_up in ((torch.ones(()), torch.ones(3, 6, 8)), (torch.ones(4, 8), torch.ones(()))):
+        with pytest.raises(ValueError, match=r"moe_mlp: (x|gate_up) has shape \(\)"):
+            moe_mlp(x, torch.ones(4, 3), gate_up, torch.ones(3, 8, 3), 1)
     with pytest.raises(ValueError, match=r"router_logits.*\(4, 2\)"):
         moe_mlp(torch.ones(4, 8), torch.ones(4, 2), torch.ones(3, 6, 8), torch.ones(3, 8, 3), 1)
     with pytest.raises(ValueError, match="inverse.*int64"):

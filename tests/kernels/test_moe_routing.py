@@ -139,6 +139,15 @@ def test_load_balancing_loss_is_transformers(path, top_k, masked):
     assert max(errors(*gradient)) < FP32_BOUND
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_load_balancing_loss_of_no_tokens_is_zero(path, tokens):
+    logits = torch.randn(tokens, 5, requires_grad=True)
+    loss = load_balancing_loss(logits, 2, mask=torch.zeros(tokens))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
 def test_load_balancing_loss_of_one_layer_in_bf16(path):
     logits = distinct(24, 6)
     loss = lambda z: load_balancing_loss(z, 2)  # noqa: E731
@@ -163,5 +172,7 @@ def test_wrong_arguments_are_named():
         expert_load(torch.ones(4, dtype=torch.int32), 0)
     with pytest.raises(ValueError, match="load_balancing_loss: router_logits is empty"):
         load_balancing_loss([], 2)
+    with pytest.raises(ValueError, match="load_balancing_loss: mask is on meta"):
+        load_balancing_loss(torch.ones(4, 2), 1, mask=torch.ones(4, device="meta"))
     with pytest.raises(ValueError, match=r"load_balancing_loss: mask.*\(3,\)"):
         load_balancing_loss(torch.ones(4, 2), 1, mask=torch.ones(3))

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from steep.kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, rope, swiglu
+from steep.kernels import add_rms_norm, attention, embedding, linear_cross_entropy, rms_norm, rope, rope_qkv, swiglu
 
 T, H = 6, 16
 CU = torch.tensor([0, 4, 6, 6], dtype=torch.int32)
@@ -88,6 +90,28 @@ def test_opcheck(name, dtype):
         for i, a in enumerate(CALLS[name])
     ]
     opcheck(getattr(torch.ops.steep, name).default, args)
+
+
+FLOATS = {
+    "rms_norm: x": lambda new: rms_norm(new(T, H), new(H), 1e-5),
+    "swiglu: gate_up": lambda new: swiglu(new(T, H)),
+    "rope: q": lambda new: rope(new(T, 2, 8), new(T, 1, 8), *ROPE[2:]),
+    "rope_qkv: qkv": lambda new: rope_qkv(new(T, 32), *PLACE[:5]),
+    "embedding: weight": lambda new: embedding(TOKENS, new(11, H)),
+    "linear_cross_entropy: x": lambda new: linear_cross_entropy(new(T, H), new(11, H), LABELS),
+}
+
+
+@pytest.mark.parametrize("argument", FLOATS)
+def test_only_floats_that_the_kernels_compute_with_are_taken(argument):
+    """Triton's arithmetic is fp32: on a GPU fp64 would silently lose half of its bits."""
+    call = FLOATS[argument]
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"{argument} is {dtype}; allowed: .*float64"):
+            call(partial(torch.empty, dtype=dtype))
+    call(partial(torch.zeros, dtype=torch.float64))
+    with FakeTensorMode(), pytest.raises(ValueError, match=f"{argument} is torch.float64; allowed: .*float32$"):
+        call(partial(torch.empty, dtype=torch.float64, device="cuda"))
 
 
 def layer(x, residual, norm, gate_up, head, cos, sin, positions):

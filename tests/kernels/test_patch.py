@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from steep.kernels import patch, unpatch
 from tests.kernels.conftest import use_triton
@@ -234,6 +235,62 @@ def test_the_loss_takes_what_transformers_takes(num_items):
         assert got.logits is None
     assert torch.allclose(mine(**inputs, return_dict=False)[0], model(**inputs).loss)
     assert torch.equal(mine.eval()(**inputs).logits, mine(inputs["input_ids"]).logits)
+
+
+def test_fp16_gradients_survive_as_far_as_a_grad_scaler_lets_them():
+    """Of 4 million tokens each has gradients below the smallest fp16 number until the loss is scaled up."""
+    model, inputs = tiny("Llama").train(), packed() | {"num_items_in_batch": 2**22}
+    gradients = []
+    for m in (model, patched(model)):
+        m.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            output = m(**inputs)
+        (2.0**22 * output.loss).backward()
+        gradients.append({name: p.grad for name, p in m.named_parameters()})
+    assert output.logits is None
+    assert max(distances(gradients[1], gradients[0]).values()) < 1e-2
+
+
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_targets_teaches_nothing(num_items):
+    """transformers divides 0 by 0 here."""
+    model, inputs = patched(tiny("Llama")).train(), rows()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = model(**inputs, num_items_in_batch=num_items).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_the_activation_of_an_mlp_is_not_saved():
+    mlp, saved = tiny("Llama").model.layers[0].mlp, {}
+    mine = patched(tiny("Llama")).model.layers[0].mlp
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    for m in (mlp, mine):
+        with saved_tensors_hooks(lambda t, m=m: saved.setdefault(m, []).append(t) or t, lambda t: t):
+            m(x)
+    rows = {m: sum(t.numel() for t in tensors if t.numel() % 15 == 0) for m, tensors in saved.items()}
+    assert rows[mine] == 15 * (32 + 2 * 40)  # x, [gate | up]
+    assert rows[mlp] > rows[mine]
+
+
+class Quantised(torch.Tensor):
+    """Stands for torchao's weights in a plain nn.Linear."""
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_weights_of_another_class_are_multiplied_by_their_own_module(name):
+    model, inputs, calls = tiny("Llama"), packed(), []
+    for m in (mine := copy.deepcopy(model), model):
+        linear = getattr(m.model.layers[0].mlp, name)
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    assert ("weight of another class" in str(patch(mine))) == (name == "gate_proj")
+    forward = nn.Linear.forward
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(nn.Linear, "forward", lambda *args: calls.append(args[0]) or forward(*args))
+        got = results(mine, inputs)
+    assert getattr(mine.model.layers[0].mlp, name) in calls
+    assert_close(got, results(model, inputs))
 
 
 def test_where_logits_are_needed_they_are_computed():

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from steep.kernels import patch
+from tests.processes import run_ranks
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plain_loop.py"
 
@@ -150,7 +150,7 @@ def _distances(model: nn.Module, loss: torch.Tensor, want: dict) -> dict[str, fl
 
 
 def test_fsdp2_on_two_ranks_gives_the_loss_and_gradients_of_one(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(_rank, 2, str(tmp_path))
     errors = torch.load(tmp_path / "errors")
     assert max(errors["example"].values()) < 1e-5
     for patched in ("before", "after"):

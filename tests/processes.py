@@ -16,24 +16,29 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def forkserver() -> Any:
+    """A multiprocessing context whose processes are forked from a server that has imported everything once, for all
+    tests of a session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch.distributed.tensor", "steep.engine.trainer", "steep.kernels"]
+    )
+    return context
+
+
 def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
-    """function(rank, *args) in `world_size` processes; an exception in one is raised here. They are forked from a
-    server that has imported torch once, for all tests of a session."""
-    mp.start_processes(_run, (function, args), nprocs=world_size, start_method=_forkserver())
+    """function(rank, *args) in `world_size` processes; an exception in one is raised here."""
+    forkserver()
+    mp.start_processes(_run, (function, args), nprocs=world_size, start_method="forkserver")
 
 
 def exit_codes(function: Callable[..., None], world_size: int, *args: Any) -> list[int]:
     """The same for ranks that die: waits for each of them."""
-    context = mp.start_processes(_run, (function, args), world_size, join=False, start_method=_forkserver())
+    forkserver()
+    context = mp.start_processes(_run, (function, args), world_size, join=False, start_method="forkserver")
     for process in context.processes:
         process.join()
     return [process.exitcode for process in context.processes]
-
-
-def _forkserver() -> str:
-    preload = ["torch.distributed.fsdp", "torch.distributed.tensor", "steep.engine.checkpoint", "steep.engine.weights"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-    return "forkserver"
 
 
 def _run(rank: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
