@@ -141,8 +141,20 @@ def inspect(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. schedule.lr=1e-5")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it will take, load nothing, train nothing.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --plan: h100, h200, a100, ...; else the one here.")] = None,
+    gpus: Annotated[int, typer.Option(help="With --plan: how many.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="With --plan: how many in one machine.")] = 8,
 ) -> None:
     """Continual pre-training by a recipe; resumes where it was. The same as `python -m steep.engine` (for torchrun)."""
+    if plan:
+        from ..engine.plan_report import plan_command
+        from ..engine.recipe import load_recipe
+
+        plan_command(load_recipe(recipe, overrides or []), gpu=gpu, gpus=gpus, gpus_per_node=gpus_per_node)
+        return
+    if gpu is not None:
+        raise ValueError("--gpu names a GPU to plan for: give --plan too (device=cuda trains on one)")
     from ..engine.__main__ import main as run
 
     run([str(recipe), *(overrides or [])])
@@ -331,14 +343,45 @@ def verify(path: Annotated[Path, typer.Argument(help="A model folder or any arte
 @bench_app.command("train")
 def bench_train(
     out: RecordOption = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder; else random weights of SmolLM2's shape.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Documents (needs --model); else generated ones.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder (CPU), or qwen2.5-7b, mistral-7b, mistral-small-24b, mixtral-8x7b (GPU)."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Documents (needs a model folder); else generated ones.")] = None,
+    gpu_check: Annotated[bool, typer.Option("--gpu-check", help="All targets of one GPU, in 8 minutes.")] = False,
+    scale: Annotated[str, typer.Option(help="full, or tiny: the same code on a small shape, on a CPU too.")] = "full",
+    seq_len: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 8192,
+    sequences: Annotated[int, typer.Option(help="Packed sequences of a step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Steps that are measured.")] = 8,
+    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    float8: Annotated[str | None, typer.Option(help="rowwise or blockwise.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help="key=value, e.g. moments=8bit; repeatable.")] = None,
 ) -> None:
-    """Training step against a transformers loop on the same packed tokens: tokens/s and peak memory."""
-    from ..bench import train
+    """Training step against transformers on the same packed tokens: tokens/s, MFU, memory, phases."""
+    from ..bench import train, train_gpu
+    from ..bench.models import MODELS
     from ..bench.record import record
 
-    _print_json(record("train", train.run(model, text), out))
+    if gpu_check:
+        figures = train_gpu.check(scale=scale)
+    elif model in MODELS:
+        case = train_gpu.Case(
+            model, seq_len=seq_len, sequences=sequences, steps=steps, recompute=recompute, float8=float8,
+            optimizer=train_gpu.optimizer_options(optimizer or ()),
+        )  # fmt: skip
+        figures = train_gpu.run(case, scale=scale)
+    else:
+        figures = train.run(model, text)
+    _print_json(record("train", figures, out))
+
+
+@bench_app.command("plan")
+def bench_plan(out: RecordOption = None) -> None:
+    """Memory as `steep train --plan` predicts it against what training steps take, on a CPU, for three sizes."""
+    from ..bench import plan
+    from ..bench.record import record
+
+    _print_json(record("plan", plan.run(), out))
 
 
 @bench_app.command("ranks")

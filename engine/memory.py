@@ -25,7 +25,7 @@ def saved_bytes_per_token(
     dtype: of the weights. float8: whether `Decoder.float8` is set.
     """
     size = dtype.itemsize
-    layers = config.num_hidden_layers * _layer_bytes(config, recompute, size, float8)
+    layers = config.num_hidden_layers * layer_bytes_per_token(config, recompute, dtype, float8=float8)
     # the sum and the rstd of the last norm, the gradient of the head's input
     return layers + size * config.hidden_size + 4 + size * config.hidden_size
 
@@ -45,11 +45,26 @@ def recomputed_bytes_per_token(
         return _gate_up_bytes(config, size)
     product_input = 0 if config.num_local_experts or float8 else size * config.intermediate_size
     kept = size * config.hidden_size  # the layer's input is there already
-    return _layer_bytes(config, "none", size, float8) - kept + product_input
+    return layer_bytes_per_token(config, "none", dtype, float8=float8) - kept + product_input
 
 
-def _layer_bytes(config: ModelConfig, recompute: Recompute, size: int, float8: bool) -> int:
-    hidden, width = config.hidden_size, config.intermediate_size
+def gradient_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes per token of gradients of activations while backward is in an MLP, where they are most: of its output and
+    of the residual stream, of h and of gate and up; of a mixture's choices each."""
+    active = config.num_experts_per_tok
+    permuted = 0 if active is None else active * config.hidden_size
+    return dtype.itemsize * (2 * config.hidden_size + permuted + 3 * config.intermediate_size * (active or 1))
+
+
+def layer_bytes_per_token(
+    config: ModelConfig,
+    recompute: Recompute = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    float8: bool = False,
+) -> int:
+    """What one layer adds to `saved_bytes_per_token`."""
+    size, hidden, width = dtype.itemsize, config.hidden_size, config.intermediate_size
     if recompute == "full":
         return size * hidden
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

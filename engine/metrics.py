@@ -19,28 +19,15 @@ from torch import Tensor
 
 from ..data.files import atomic_write
 from .config import ModelConfig
-
-# Dense bf16 peak in FLOP/s by a part of the device's name, the more special name first (vendor data sheets).
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "H800": 989e12,
-    "L40S": 362e12,
-}
+from .gpus import gpu_of
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a GPU in FLOP/s; None on a CPU, in fp32, or for a GPU whose data sheet is not listed here."""
+    """Dense peak of a GPU in FLOP/s; None on a CPU, in fp32, or for a GPU that `gpus.py` does not list."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    gpu = gpu_of(device)
+    return None if gpu is None else gpu.bf16_flops
 
 
 def training_flops(config: ModelConfig, document_lengths: np.ndarray, *, frozen: bool = False) -> float:
@@ -53,17 +40,29 @@ def training_flops(config: ModelConfig, document_lengths: np.ndarray, *, frozen:
     the adapters themselves are not counted.
     """
     lengths = document_lengths.astype(np.float64)
+    pairs = 0.0
+    for window in config.layer_windows:
+        width = lengths if window is None else np.minimum(lengths, window)
+        pairs += float((width * (width + 1) / 2 + (lengths - width) * width).sum())
+    queries = config.num_attention_heads * config.head_dim
+    return (4 if frozen else 6) * product_weights(config) * float(lengths.sum()) + 12 * queries * pairs
+
+
+def full_attention_flops(config: ModelConfig, tokens: int, seq_len: int) -> float:
+    """`training_flops` as most publications count them: every position of a sequence, padding included, attends to
+    every other, whatever documents and windows there are (6 N + 12 L H S a token)."""
+    queries = config.num_attention_heads * config.head_dim
+    return tokens * (6.0 * product_weights(config) + 12.0 * config.num_hidden_layers * queries * seq_len)
+
+
+def product_weights(config: ModelConfig) -> int:
+    """Weights that one token is multiplied by."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     experts, active = config.num_local_experts or 0, config.num_experts_per_tok or 1
     layer_weights = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner * active + hidden * experts
-    weights = config.num_hidden_layers * layer_weights + hidden * config.vocab_size
-    pairs = 0.0
-    for window in config.layer_windows:
-        width = lengths if window is None else np.minimum(lengths, window)
-        pairs += float((width * (width + 1) / 2 + (lengths - width) * width).sum())
-    return (4 if frozen else 6) * weights * float(lengths.sum()) + 12 * queries * pairs
+    return config.num_hidden_layers * layer_weights + hidden * config.vocab_size
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from .shards import local_shard
 
 MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 _BLOCK = 256  # elements that share a scale of 8-bit moments; every parameter begins at a multiple in the numbering
-_BUCKET_BYTES = 256 << 20  # of offloaded state on the device at a time
+BUCKET_BYTES = 256 << 20  # of offloaded state on the device at a time
 
 
 class AdamWConfig(BaseModel):
@@ -245,7 +245,7 @@ class AdamW:
         filled = 0
         for name in names:
             size = sum(tensor.nbytes for tensor in self.states[name].tensors.values()) if self.config.offload else 0
-            if bucket and filled + size > _BUCKET_BYTES:
+            if bucket and filled + size > BUCKET_BYTES:
                 yield bucket
                 bucket, filled = [], 0
             bucket.append(name)

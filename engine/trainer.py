@@ -40,6 +40,7 @@ from .config import ModelConfig
 from .engine import DTYPES, Engine
 from .metrics import LateFigures, MetricsFile, peak_flops, peak_memory_bytes, read_metrics, training_flops
 from .parallel import check_world, make_mesh, start_process_group, world_from_environment
+from .plan_report import refuse_what_cannot_fit
 from .ranks import Ranks
 from .recipe import TrainRecipe, changed_keys, load_recipe
 from .run_setup import count_steps, open_data, pick_device
@@ -106,6 +107,7 @@ class Trainer:
         learning_rate(recipe.schedule, 1, self.total_steps)  # refuses a schedule that does not fit
         if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("log.tensorboard: tensorboard is not installed; pip install 'steep[tensorboard]'")
+        refuse_what_cannot_fit(recipe, self.config, self.device, self.world_size)
 
         # Beside the engine's tensors this is all that a resume needs.
         self.step = 0  # optimizer steps done

@@ -115,8 +115,9 @@ class _FP8Linear(torch.autograd.Function):
 
 
 def _unpadded(y: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The part of y that was asked for: a copy only where a padded column has to go."""
-    return y[:rows, :columns].contiguous()
+    """The part of y that was asked for: a copy where something was padded, as a view could not be changed in place by
+    whoever gets it (`rope_qkv` does)."""
+    return y if y.shape == (rows, columns) else y[:rows, :columns].clone()
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

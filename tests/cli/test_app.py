@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "merge plan", "merge diff",
-            "merge report", "merge verify", "eval", "generate", "report",
-            "verify", "bench kernels", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
+            "merge report", "merge verify", "eval", "generate", "report", "verify", "bench kernels", "bench train",
+            "bench plan", "bench ranks", "bench data", "bench eval", "bench merge"]  # fmt: skip
 
 
 
@@ -35,6 +35,9 @@ def test_every_command_has_help() -> None:
     [
         (["verify", "nowhere"], "nowhere"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "nowhere.yaml", "--plan"], "nowhere.yaml"),
+        (["train", "nowhere.yaml", "--gpu", "h100"], "give --plan too"),
+        (["bench", "train", "--model", "nowhere", "--seq-len", "8"], "nowhere"),
         (["merge", "nowhere.yaml", "out"], "nowhere.yaml"),
         (["import", "gguf", "nowhere.gguf", "out"], "nowhere.gguf"),
         (["data", "inspect", "nowhere"], "nowhere"),

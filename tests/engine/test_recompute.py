@@ -5,7 +5,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from steep.engine.config import ModelConfig
 from steep.engine.memory import recomputed_bytes_per_token, saved_bytes_per_token
+from steep.engine.model import Decoder
 from steep.kernels import NeftuneNoise, document_lengths
 from tests.engine.parity import (
     decoder_like,
@@ -124,6 +126,35 @@ def test_float8_is_near_and_learns_through_the_weights():
         assert relative_error(gradient, exact_gradients[name]) < 0.5, name
     decoder.float8 = None
     assert torch.equal(our_results(decoder, docs)[0], exact)
+
+
+@pytest.mark.parametrize("tokens", [128, 100])
+def test_float8_at_sizes_that_need_no_padding(tokens):
+    """Nothing is copied there, and the projection is rotated in place all the same."""
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "mistral",
+            "vocab_size": 97,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        }
+    )
+    decoder = Decoder(config).bfloat16()
+    decoder.init_weights(0)
+    losses = {}
+    for decoder.float8 in (None, "rowwise", "blockwise"):
+        loss = forward(decoder, documents([tokens], 97))
+        loss.backward()
+        losses[decoder.float8] = loss.item()
+    assert losses["rowwise"] == pytest.approx(losses[None], rel=1e-2)
+    assert losses["blockwise"] == pytest.approx(losses[None], rel=1e-2)
 
 
 def test_wrong_values_are_refused():
