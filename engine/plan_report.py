@@ -50,6 +50,8 @@ def make_plan(recipe: TrainRecipe, gpu: str | None = None, gpus: int = 1, gpus_p
     for name, value in (("gpus", gpus), ("gpus-per-node", gpus_per_node)):
         if value < 1:
             raise ValueError(f"{name}: {value}; allowed: 1 or more")
+    if recipe.lora is not None:
+        raise ValueError("lora: plans are made of full-parameter runs only; allowed with --plan: null")
     check_world(recipe.parallel, gpus, recipe.batch.micro_batches)
     for option in ("offload", "in_backward"):
         if gpus > 1 and getattr(recipe.optimizer, option):
@@ -86,7 +88,7 @@ def refuse_what_cannot_fit(
 ) -> None:
     """ValueError if a step of a recipe needs more memory than this process's GPU has. A CPU is not judged."""
     gpu = gpu_of(device) if device.type == "cuda" else None
-    if gpu is not None:
+    if gpu is not None and recipe.lora is None:  # adapters take far less than the plan's full parameters
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         check_fits(config, Job.of(recipe, world_size, per_node), gpu)
 
