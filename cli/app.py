@@ -59,7 +59,8 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr where that is a terminal; called with (bytes done, bytes in all)."""
     from rich.progress import Progress
 
-    with Progress(console=_stderr(), transient=True) as bar:
+    console = _stderr()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
