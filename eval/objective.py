@@ -41,14 +41,17 @@ class TaskObjective:
     def minimised(self) -> bool:
         return self.metric in MINIMISED
 
-    def __call__(self, decoder: Decoder, tokenizer: Tokenizer) -> float:
-        """The metric, over all subjects of a task by their numbers of questions."""
+    def __call__(self, decoder: Decoder, tokenizer: Tokenizer, stop_ids: tuple[int, ...] | None = None) -> float:
+        """The metric, over all subjects of a task by their numbers of questions.
+
+        stop_ids: where generated answers end; None: where the decoder's configuration says.
+        """
         scorer = Scorer(decoder, tokenizer, None, self.batch_tokens)
         encoder = Encoder(tokenizer, scorer.max_length, "clean", None)
         if self.text is not None:
             results = [perplexity(scorer, encoder, [("0", self.text)])]
         else:
-            results = [run_task(task, examples, scorer, encoder, None, None) for task, examples in self.tasks]
+            results = [run_task(task, examples, scorer, encoder, stop_ids, None) for task, examples in self.tasks]
         total = sum(result["n"] for result in results)
         return math.fsum(result["n"] * result["metrics"][self.metric]["value"] for result in results) / total
 

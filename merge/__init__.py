@@ -10,9 +10,11 @@ from .consensus import consensus_ta, ram, ramplus_tl, sce, tall_mask, ties, ties
 from .executor import Output, execute, merge, sweep
 from .fusion import arcee_fusion
 from .geometry import karcher, model_stock, multislerp, nuslerp, slerp
+from .live import live_decoder, live_tokenizer, merge_live
 from .methods import chat_vector, linear, lines, nearswap, passthrough, task_arithmetic
 from .noise import Noise
 from .plan import MergePlan, TensorPlan, plan_merge
+from .search import search
 from .sparsify import dare, della, trim, trim_outliers, trim_rows
 from .spectral import iso_c, tsv_m
 
@@ -35,6 +37,9 @@ __all__ = [
     "linear",
     "lines",
     "merge",
+    "live_decoder",
+    "live_tokenizer",
+    "merge_live",
     "model_stock",
     "multislerp",
     "nearswap",
@@ -46,6 +51,7 @@ __all__ = [
     "ramplus_tl",
     "read_yaml",
     "sce",
+    "search",
     "selected_weights",
     "slerp",
     "sweep",

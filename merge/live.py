@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..engine.config import ModelConfig
+from ..engine.generate import stop_ids_of
 from ..engine.model import Decoder
 from ..engine.weights import Placement, hf_tensors
 from .executor import chunk_size, find_device, tensor_inputs, tensor_method, torch_threads, worker_count, write_beside
@@ -45,8 +46,8 @@ def placements(decoder: Decoder, plan: MergePlan) -> Mapping[str, Placement]:
         ValueError: a tensor is missing, unexpected or of another shape.
     """
     found = hf_tensors(decoder, stacked_experts=any(tensor.name.endswith(STACKED) for tensor in plan.tensors))
-    names = {tensor.name for tensor in plan.tensors}
-    for problem, names in (("missing", found.keys() - names), ("unexpected", names - found.keys())):
+    held = {tensor.name for tensor in plan.tensors}
+    for problem, names in (("missing", found.keys() - held), ("unexpected", held - found.keys())):
         if names:
             raise ValueError(f"{plan.config_donor}: {len(names)} {problem} tensors, for example {min(names)}")
     for tensor in plan.tensors:
@@ -95,8 +96,8 @@ def merge_live(
             raise
 
 
-def live_tokenizer(plan: MergePlan) -> Tokenizer:
-    """The tokenizer that the written folder would have."""
+def live_tokenizer(plan: MergePlan) -> tuple[Tokenizer, tuple[int, ...]]:
+    """The tokenizer that the written folder would have, and the ids at which its model would end a text."""
     with TemporaryDirectory(prefix="steep-") as folder:
         write_beside(plan, Path(folder))
-        return load_tokenizer(folder)
+        return load_tokenizer(folder), stop_ids_of(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "eval", "generate", "report",
-            "verify", "bench kernels", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
+            "verify", "bench kernels", "bench train", "bench data", "bench eval", "bench merge", "merge search"]  # fmt: skip
 
 
 
