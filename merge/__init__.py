@@ -1,7 +1,8 @@
 """Merging models: mergekit's YAML, exact methods on tensors, and a streaming executor over safetensors folders.
 
 `merge(config, out)` does all of it, `sweep` for several values of one key at once; `plan_merge` shows what would be
-done without reading weights; the methods are pure functions on tensors.
+done without reading weights; the methods are pure functions on tensors. Searching, and merging into the live weights of
+the engine's Decoder, are in the modules `search` and `live`, which load the engine.
 """
 
 from .averaging import average_config, ema_weights, selected_weights, uniform_weights, wsm_weights
@@ -10,11 +11,9 @@ from .consensus import consensus_ta, ram, ramplus_tl, sce, tall_mask, ties, ties
 from .executor import Output, execute, merge, sweep
 from .fusion import arcee_fusion
 from .geometry import karcher, model_stock, multislerp, nuslerp, slerp
-from .live import live_decoder, live_tokenizer, merge_live
 from .methods import chat_vector, linear, lines, nearswap, passthrough, task_arithmetic
 from .noise import Noise
 from .plan import MergePlan, TensorPlan, plan_merge
-from .search import search
 from .sparsify import dare, della, trim, trim_outliers, trim_rows
 from .spectral import iso_c, tsv_m
 
@@ -37,9 +36,6 @@ __all__ = [
     "linear",
     "lines",
     "merge",
-    "live_decoder",
-    "live_tokenizer",
-    "merge_live",
     "model_stock",
     "multislerp",
     "nearswap",
@@ -51,7 +47,6 @@ __all__ = [
     "ramplus_tl",
     "read_yaml",
     "sce",
-    "search",
     "selected_weights",
     "slerp",
     "sweep",

@@ -165,10 +165,11 @@ class _Space:
         model = self.config.reference or self.merge.get("base_model")
         if model is None:
             parsed = parse_config(put(self.merge, self.first), "merge")
-            entries = parsed.models or [source for piece in parsed.slices for source in piece.sources]
-            if not entries:
+            models = [entry.model for entry in parsed.models]
+            models += [source.model for piece in parsed.slices for source in piece.sources]
+            if not models:
                 raise ValueError("reference: needed, for the merge has neither base_model, models nor slices")
-            model = entries[0].model
+            model = models[0]
         written = {"merge_method": "passthrough", "models": [{"model": model}]}
         return plan_merge(parse_config(written, "reference"), self.folder)
 
@@ -367,9 +368,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _conclude(
-    meter: _Meter, found: list[dict[str, Any]], out: Path, log: Callable[[str], None]
-) -> dict[str, Any]:
+def _conclude(meter: _Meter, found: list[dict[str, Any]], out: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Front, winner, its model, its confirmation."""
     good = [line for line in found if "error" not in line]
     failed = len(found) - len(good)

@@ -273,7 +273,7 @@ def _problems(error: ValidationError) -> list[str]:
         path, message = list(detail["loc"]), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             *path, key = path
-            models = {"range": Range, "choices": Choices}
+            models: dict[str, type[BaseModel]] = {"range": Range, "choices": Choices}
             within = models.get(error.title.lower()) or (_SECTIONS[str(path[-1])] if path else SearchConfig)
             message = f"unknown key {key!r}{nearest(str(key), within.model_fields)}"
         elif detail["type"] == "literal_error":

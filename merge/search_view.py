@@ -107,7 +107,10 @@ def plot(record: Mapping[str, Any]) -> str:
         parts.append(f"<line class=axis x1={left - 5} x2={left} y1={y(tick):.1f} y2={y(tick):.1f} />")
         parts.append(f"<text class=label x={left - 9} y={y(tick) + 4:.1f} text-anchor=end>{tick:.4g}</text>")
     parts.append(f"<path class=axis fill=none d='M{left} {top} V{bottom} H{right}' />")
-    for axis in (f"x1={x(0):.1f} x2={x(0):.1f} y1={top} y2={bottom}", f"x1={left} x2={right} y1={y(0):.1f} y2={y(0):.1f}"):
+    for axis in (
+        f"x1={x(0):.1f} x2={x(0):.1f} y1={top} y2={bottom}",
+        f"x1={left} x2={right} y1={y(0):.1f} y2={y(0):.1f}",
+    ):
         parts.append(f"<line class=axis stroke-dasharray='1 4' {axis} />")
     middle = (left + right) / 2
     parts.append(f"<text class=label x={middle} y={HEIGHT - 18} text-anchor=middle>general loss</text>")
