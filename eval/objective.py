@@ -41,6 +41,12 @@ class TaskObjective:
     def minimised(self) -> bool:
         return self.metric in MINIMISED
 
+    @property
+    def documents(self) -> frozenset[str]:
+        """What the model sees and what it should say, of every document."""
+        found = {f"{example.context}\0{example.target}" for _, examples in self.tasks for example in examples}
+        return frozenset(found if self.text is None else {f"\0{self.text}"})
+
     def __call__(self, decoder: Decoder, tokenizer: Tokenizer, stop_ids: tuple[int, ...] | None = None) -> float:
         """The metric, over all subjects of a task by their numbers of questions.
 

@@ -20,7 +20,7 @@ from ..engine.config import ModelConfig
 from ..engine.generate import stop_ids_of
 from ..engine.model import Decoder
 from ..engine.weights import Placement, hf_tensors
-from .executor import chunk_size, find_device, tensor_inputs, tensor_method, torch_threads, worker_count, write_beside
+from .executor import chunk_size, tensor_inputs, tensor_method, torch_threads, worker_count, write_beside
 from .plan import MergePlan, TensorPlan
 from .stream import Target, merge_tensor
 
@@ -36,7 +36,7 @@ def live_decoder(plan: MergePlan, dtype: torch.dtype = torch.float32, device: st
     with torch.device("meta"):
         decoder = Decoder(ModelConfig.from_dict(plan.config_json, f"{plan.config_donor}: config.json"))
     placements(decoder, plan)
-    return decoder.to(dtype).to_empty(device=find_device(device)).eval()
+    return decoder.to(dtype).to_empty(device=device).eval()
 
 
 def placements(decoder: Decoder, plan: MergePlan) -> Mapping[str, Placement]:

@@ -57,6 +57,8 @@ class Objective(Protocol):
     def minimised(self) -> bool: ...
     @property
     def identity(self) -> dict[str, Any]: ...
+    @property
+    def documents(self) -> frozenset[str]: ...
     def __call__(self, decoder: Decoder, tokenizer: Tokenizer, stop_ids: tuple[int, ...] | None = None) -> float: ...
 
 
@@ -116,23 +118,25 @@ def search(
     for name, seen, held_out in zip(NAMES, objectives["search"], objectives["held_out"]):
         if seen.identity == held_out.identity:
             raise ValueError(f"objectives.{name}.held_out: is the data that the search sees; other data is needed")
-    middle = space.check(None if (out / MODEL).exists() else out / MODEL)
-    live_decoder(middle, device="cpu")  # is it an architecture that the engine knows?
-    for line in middle.summary():
+    plans = [*space.check(None if (out / MODEL).exists() else out / MODEL), space.reference()]
+    live_decoder(plans[0], device="meta")  # is it an architecture that the engine knows?
+    warnings = _overlaps(objectives)
+    for line in (*plans[0].summary(), *(f"warning: {text}" for text in warnings)):
         log(line)
-    with open_journal(out, _identity(space, objectives)) as journal:
+    models = sorted({file for plan in plans for file in plan.input_files})
+    with open_journal(out, _identity(space, objectives, models)) as journal:
         if journal.taken_over:
             log(f"{out}: {journal.taken_over} evaluations were made by an earlier run")
         meter = _Meter(space, objectives, journal, device, log)
         found = _all_points(meter, log)
         result = _conclude(meter, found, out, log)
-        inputs = hash_inputs([*files, *middle.input_files])
         record = make_manifest(
             KIND,
-            inputs=inputs,
+            inputs=hash_inputs([*space.files, *models]),
             config=written.model_dump(mode="json"),
             seconds=round(time.monotonic() - started, 3),
             taken_over=journal.taken_over,
+            warnings=warnings,
             **result,
         )
         atomic_write(out / SEARCH_HTML, html(record))
@@ -173,9 +177,9 @@ class _Space:
         written = {"merge_method": "passthrough", "models": [{"model": model}]}
         return plan_merge(parse_config(written, "reference"), self.folder)
 
-    def check(self, out: Path | None) -> MergePlan:
+    def check(self, out: Path | None) -> list[MergePlan]:
         """Plan the middle of all ranges with every choice, look at both ends of all ranges, and whether each dimension
-        has an effect; the first of those plans."""
+        has an effect; those plans."""
         space = self.config.space
         points = [self.first]
         points += [self.first | {key: value} for key, d in self.config.choices.items() for value in d.choices[1:]]
@@ -192,7 +196,7 @@ class _Space:
                     f"space: {key!r} has no effect on any tensor: the method does not read it, a more specific place "
                     "in the configuration goes before it, or its filter is in no tensor's name"
                 )
-        return plans[0]
+        return plans
 
     def _has_effect(self, point: Point, plan: MergePlan, key: str, values: list[Any]) -> bool:
         for value in values:
@@ -444,17 +448,28 @@ def _write(meter: _Meter, best: Mapping[str, Any], out: Path, log: Callable[[str
         raise ValueError(f"{out}: other weights than those that were measured: an input has changed meanwhile")
 
 
-def _identity(space: _Space, objectives: Mapping[str, list[Objective | CallableObjective]]) -> dict[str, Any]:
+def _overlaps(objectives: Mapping[str, list[Objective | CallableObjective]]) -> list[str]:
+    """A warning for held-out documents that the search sees."""
+    found = []
+    for name, seen, held_out in zip(NAMES, objectives["search"], objectives["held_out"]):
+        if isinstance(seen, CallableObjective) or isinstance(held_out, CallableObjective):
+            continue
+        if common := seen.documents & held_out.documents:
+            found.append(f"{name}: {len(common)} of {len(held_out.documents)} held-out documents are the search's too")
+    return found
+
+
+def _identity(
+    space: _Space, objectives: Mapping[str, list[Objective | CallableObjective]], models: list[Path]
+) -> dict[str, Any]:
     """All that evaluations depend on. The budget is none of it: a search may go on with another one."""
     config = space.config
-    middle = space.check(None)
-    files = {*middle.input_files, *space.reference().input_files}
     return {
         "merge": space.merge,
         "space": {key: dimension.model_dump(mode="json") for key, dimension in config.space.items()},
         "objectives": {data: [one.identity for one in each] for data, each in objectives.items()},
         **config.model_dump(mode="json", include={"strategy", "choose", "seed", "reference", "dtype"}),
-        "inputs": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)},
+        "inputs": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in models},
         "versions": versions("cma") if config.strategy == "cmaes" else versions(),
     }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "merge search", "eval",
-            "generate", "report", "verify", "bench kernels", "bench train", "bench data", "bench eval", "bench merge"]  # fmt: skip
+            "generate", "report", "verify", "bench kernels", "bench train", "bench data", "bench eval",
+            "bench merge"]  # fmt: skip
 
 
 

@@ -179,11 +179,11 @@ def test_a_bound_on_the_general_loss(models: Path, tmp_path: Path) -> None:
 
 def test_a_bound_in_percent_of_the_reference(models: Path, tmp_path: Path) -> None:
     objectives = {"domain": entry("far_from_0_7"), "general": entry("near_0_3", "max", "far_from_0_7")}
-    path = write_search(models, objectives=objectives, choose={"max_general_loss": "78%"})
+    path = write_search(models, objectives=objectives, choose={"max_general_loss": "70%"})
     record = search(path, tmp_path / "out")
-    assert record["allowed_loss"] == pytest.approx(0.78 * 0.09)
+    assert record["allowed_loss"] == pytest.approx(0.7 * 0.09)
     assert record["reference"]["general"] == pytest.approx(-0.09)
-    assert chosen(record)["point"] == {"lambda": 0.6}  # -0.09 is lost 0 of, 0.7 loses 0.07
+    assert chosen(record)["point"] == {"lambda": 0.6}  # which loses nothing, 0.7 loses 0.07
 
 
 def test_no_point_within_the_bound(models: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def general_held_out(decoder): return decoder.norm.weight[1].item()
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def killable(models: Path) -> Iterator[Path]:
     """A search whose objectives lie beside it and write down that they were called."""
     (models / "measures_of_kill.py").write_text(MEASURES)
@@ -291,6 +291,17 @@ def killable(models: Path) -> Iterator[Path]:
         models, "killed.yml", objectives=objectives, space={"lambda": [0, 1.5]}, strategy="golden", budget=8
     )
     (models / "calls.txt").unlink(missing_ok=True)
+
+
+def interrupt(path: Path, out: Path, evaluations: int) -> None:
+    """A search that ends after so many points."""
+
+    def log(line: str) -> None:
+        if line.startswith(f"{evaluations}/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(path, out, log=log)
 
 
 def calls(models: Path) -> int:
@@ -307,7 +318,7 @@ def test_a_killed_search_is_gone_on_with(models: Path, tmp_path: Path, killable:
     assert calls(models) == 1 + 8 + 2
     (models / "calls.txt").unlink()
     out, done = tmp_path / "out", 0
-    for more in (5, 2, 3):  # the reference and points; and at last one of the two on held-out data
+    for more in (5, 5):  # the reference and points; then up to the first of two evaluations of held-out data
         run = subprocess.run([sys.executable, "-c", KILLED, killable, out, str(more)], env=os.environ, check=False)
         assert run.returncode == -signal.SIGKILL
         done += more
@@ -323,7 +334,7 @@ def test_a_killed_search_is_gone_on_with(models: Path, tmp_path: Path, killable:
 
 def test_another_budget_goes_on(models: Path, tmp_path: Path, killable: Path) -> None:
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, killable, out, "6"], env=os.environ, check=False)
+    interrupt(killable, out, 5)
     record = search(killable, out, budget=10)
     assert record["taken_over"] == 6
     assert record["figures"]["evaluations"] == 10
@@ -332,7 +343,7 @@ def test_another_budget_goes_on(models: Path, tmp_path: Path, killable: Path) ->
 @pytest.mark.parametrize("change", ["space", "seed", "objectives", "inputs"])
 def test_a_changed_search_is_refused(models: Path, tmp_path: Path, killable: Path, change: str) -> None:
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, killable, out, "3"], env=os.environ, check=False)
+    interrupt(killable, out, 2)
     config = yaml.safe_load(killable.read_text())
     if change == "space":
         config["space"] = {"lambda": [0, 1.4]}
@@ -383,9 +394,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(models: Path, tmp_path: Path
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), max_size=12))
 def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> None:
     def dominated(i: int) -> bool:
-        return any(
-            g >= points[i][0] and loss <= points[i][1] and (g, loss) != points[i] for g, loss in points
-        )
+        return any(g >= points[i][0] and loss <= points[i][1] and (g, loss) != points[i] for g, loss in points)
 
     expected = [i for i in range(len(points)) if not dominated(i)]
     front = pareto_front([(float(g), float(loss)) for g, loss in points])
