@@ -124,7 +124,8 @@ def search(
     for line in (*plans[0].summary(), *(f"warning: {text}" for text in warnings)):
         log(line)
     models = sorted({file for plan in plans for file in plan.input_files})
-    with open_journal(out, _identity(space, objectives, models)) as journal:
+    identity = _identity(space, objectives, models)
+    with open_journal(out, identity) as journal:
         if journal.taken_over:
             log(f"{out}: {journal.taken_over} evaluations were made by an earlier run")
         meter = _Meter(space, objectives, journal, device, log)
@@ -137,6 +138,7 @@ def search(
             seconds=round(time.monotonic() - started, 3),
             taken_over=journal.taken_over,
             warnings=warnings,
+            searched=identity,
             **result,
         )
         atomic_write(out / SEARCH_HTML, html(record))

@@ -23,7 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100% } td, th { padding: .25rem .6rem; text-align: right }
 td:first-child, th:first-child, td.text, th.text { text-align: left } tr { border-bottom: 1px solid #8884 }
 tr.chosen { font-weight: 600 } tr.failed { color: #888 } svg { width: 100%; height: auto }
-.axis { stroke: currentColor; opacity: .35 } .label { fill: currentColor; font-size: 12px }
+.axis { stroke: currentColor; opacity: .35 } .zero { stroke-dasharray: 1 4 } .label { fill: currentColor; font-size: 12px }
 .point { fill: #888 } .front { fill: #0a7d6f } .line { stroke: #0a7d6f; fill: none }
 .chosen-mark { stroke: #d0541b; fill: none; stroke-width: 2.5 } .limit { stroke: #d0541b; stroke-dasharray: 5 4 }
 """  # noqa: E501
@@ -95,39 +95,50 @@ def _confirmation(record: Mapping[str, Any]) -> str:
 def plot(record: Mapping[str, Any]) -> str:
     """Loss and gain of all points as SVG."""
     good = [line for line in record["evaluations"] if "error" not in line]
-    limit = record["allowed_loss"]
-    x, x_ticks = _scale([line["loss"] for line in good] + [0.0], MARGIN, WIDTH - 16)
-    y, y_ticks = _scale([line["gain"] for line in good] + [0.0], HEIGHT - MARGIN, 16)
     left, right, bottom, top = MARGIN, WIDTH - 16, HEIGHT - MARGIN, 16
-    parts = []
+    x, x_ticks = _scale([0.0, *(line["loss"] for line in good)], left, right)
+    y, y_ticks = _scale([0.0, *(line["gain"] for line in good)], bottom, top)
+    parts = [_tag("path", class_="axis", fill="none", d=f"M{left} {top} V{bottom} H{right}")]
     for tick in x_ticks:
-        parts.append(f"<line class=axis x1={x(tick):.1f} x2={x(tick):.1f} y1={bottom} y2={bottom + 5} />")
-        parts.append(f"<text class=label x={x(tick):.1f} y={bottom + 19} text-anchor=middle>{tick:.4g}</text>")
+        parts.append(_line("axis", x(tick), bottom, x(tick), bottom + 5))
+        parts.append(_text(f"{tick:.4g}", x(tick), bottom + 19))
     for tick in y_ticks:
-        parts.append(f"<line class=axis x1={left - 5} x2={left} y1={y(tick):.1f} y2={y(tick):.1f} />")
-        parts.append(f"<text class=label x={left - 9} y={y(tick) + 4:.1f} text-anchor=end>{tick:.4g}</text>")
-    parts.append(f"<path class=axis fill=none d='M{left} {top} V{bottom} H{right}' />")
-    for axis in (
-        f"x1={x(0):.1f} x2={x(0):.1f} y1={top} y2={bottom}",
-        f"x1={left} x2={right} y1={y(0):.1f} y2={y(0):.1f}",
-    ):
-        parts.append(f"<line class=axis stroke-dasharray='1 4' {axis} />")
-    middle = (left + right) / 2
-    parts.append(f"<text class=label x={middle} y={HEIGHT - 18} text-anchor=middle>general loss</text>")
-    parts.append(f"<text class=label transform='translate(14 {(top + bottom) / 2}) rotate(-90)' text-anchor=middle>"
-                 "domain gain</text>")  # fmt: skip
+        parts.append(_line("axis", left - 5, y(tick), left, y(tick)))
+        parts.append(_text(f"{tick:.4g}", left - 9, y(tick) + 4, text_anchor="end"))
+    parts += [_line("zero axis", x(0), top, x(0), bottom), _line("zero axis", left, y(0), right, y(0))]
+    parts.append(_text("general loss", (left + right) / 2, HEIGHT - 18))
+    parts.append(_text("domain gain", 0, 0, transform=f"translate(14 {(top + bottom) / 2}) rotate(-90)"))
+    limit = record["allowed_loss"]
     if limit is not None and left <= x(limit) <= right:
-        parts.append(f"<line class=limit x1={x(limit):.1f} x2={x(limit):.1f} y1={top} y2={bottom} />")
+        parts.append(_line("limit", x(limit), top, x(limit), bottom))
     corners = " ".join(f"{x(line['loss']):.1f},{y(line['gain']):.1f}" for line in _front(record))
-    parts.append(f"<polyline class=line points='{corners}' />")
+    parts.append(_tag("polyline", class_="line", points=corners))
     for line in good:
-        place = f"cx={x(line['loss']):.1f} cy={y(line['gain']):.1f}"
         name = "front" if line["number"] in record["front"] else "point"
-        title = f"{told(line['point'])}: gain {_number(line['gain'])}, loss {_number(line['loss'])}"
-        parts.append(f"<circle class={name} {place} r=5><title>{escape(title)}</title></circle>")
+        said = f"{told(line['point'])}: gain {_number(line['gain'])}, loss {_number(line['loss'])}"
+        place = {"cx": x(line["loss"]), "cy": y(line["gain"])}
+        parts.append(_tag("circle", _tag("title", escape(said)), class_=name, r=5, **place))
         if line["number"] == record["chosen"]:
-            parts.append(f"<circle class=chosen-mark {place} r=9 />")
-    return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='gain over loss'>{''.join(parts)}</svg>"
+            parts.append(_tag("circle", class_="chosen-mark", r=9, **place))
+    label = "domain gain over general loss"
+    return _tag("svg", "".join(parts), viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
+
+
+def _line(class_: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return _tag("line", class_=class_, x1=x1, y1=y1, x2=x2, y2=y2)
+
+
+def _text(content: str, x: float, y: float, text_anchor: str = "middle", **attributes: str) -> str:
+    return _tag("text", escape(content), class_="label", x=x, y=y, text_anchor=text_anchor, **attributes)
+
+
+def _tag(name: str, content: str = "", **attributes: str | float) -> str:
+    """An element; in names of attributes `_` stands for `-`."""
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{round(value, 1) if isinstance(value, float) else value}"'
+        for key, value in attributes.items()
+    )
+    return f"<{name}{written}>{content}</{name}>"
 
 
 def _front(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

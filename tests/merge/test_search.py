@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -127,7 +129,10 @@ def test_a_grid_finds_the_optimum_and_writes_it(models: Path, tmp_path: Path) ->
     assert record["verdict"].startswith("confirmed: domain gain 0.49 on the search's data, 0.35 on held-out data")
     assert json.loads((tmp_path / "out" / "search.json").read_text()) == record
     page = (tmp_path / "out" / "search.html").read_text()
-    assert page.count("<circle class=") == 17
+    drawing = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    assert Counter(circle.get("class") for circle in drawing.iter("circle")) == {
+        "front": 8, "point": 8, "chosen-mark": 1,
+    }  # fmt: skip
     assert "lambda = 0.7: gain 0.49, loss 0.7" in page
     assert "16/16 lambda = 1.5: domain 0.64 (gain -0.15), general 1.5 (loss +1.5)" in told
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
