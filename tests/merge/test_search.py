@@ -155,7 +155,6 @@ def test_golden_section_for_every_method(models: Path, tmp_path: Path) -> None:
 
 
 def test_cmaes_finds_the_optimum_in_two_dimensions(models: Path, tmp_path: Path) -> None:
-    pytest.importorskip("cma")
     space = {"weight[self_attn]": [0, 1], "weight[mlp]": [0, 1]}
     merge = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "a"}]}
     merge["parameters"] = {"weight": 1.0}
@@ -343,6 +342,27 @@ def test_another_budget_goes_on(models: Path, tmp_path: Path, killable: Path) ->
     record = search(killable, out, budget=10)
     assert record["taken_over"] == 6
     assert record["figures"]["evaluations"] == 10
+
+
+def test_a_model_that_is_not_the_winner_any_more_is_made_again(
+    models: Path, tmp_path: Path, killable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after the model was written; then gone on with for longer, which finds a better point."""
+    out = tmp_path / "out"
+
+    def interrupted(*arguments: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sys.modules["steep.merge.search"], "verdict", interrupted)
+        search(killable, out)
+    first = read_model(out / "model")[NORM][0].item() - 1
+    told: list[str] = []
+    record = search(killable, out, budget=12, log=told.append)
+    best = chosen(record)["point"]["lambda"]
+    assert abs(best - 0.7) < abs(first - 0.7)
+    assert read_model(out / "model")[NORM][0].item() - 1 == pytest.approx(best, abs=1e-6)
+    assert record["taken_over"] == 1 + 8 + 2
 
 
 @pytest.mark.parametrize("change", ["space", "seed", "objectives", "inputs"])
