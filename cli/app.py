@@ -274,6 +274,26 @@ def merge_verify(
     _print_json(verify_merge(folder, config=config, forward=forward, chunks=chunks, seed=seed))
 
 
+@merge_app.command("search")
+def merge_search(
+    config: Annotated[Path, typer.Argument(help="YAML: merge, space, strategy, objectives, choose, budget.")],
+    out: Annotated[Path, typer.Argument(help="Folder for journal, record and the best model.")],
+    budget: Annotated[int | None, typer.Option(help="Evaluations at most, instead of the YAML's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Search strength, density, method by evaluation results, in memory; the best is written and confirmed."""
+    from rich.console import Console
+
+    from ..eval import task_objective
+    from ..merge.search import search
+    from ..merge.search_view import show_search
+
+    record = search(config, out, budget=budget, device=device, task_objective=task_objective, log=print)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for part in show_search(record):
+        console.print(part)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelFolder,

@@ -9,6 +9,7 @@ from .evaluate import evaluate
 from .generation import Answer, generate_until
 from .model import load_model
 from .multiple_choice import Item, multiple_choice
+from .objective import TaskObjective, task_objective
 from .perplexity import perplexity, rolling_loglikelihood
 from .scorer import Score, Scorer
 from .task import BoundTask, Task, load_tasks
@@ -22,6 +23,7 @@ __all__ = [
     "Score",
     "Scorer",
     "Task",
+    "TaskObjective",
     "evaluate",
     "generate_until",
     "load_model",
@@ -29,4 +31,5 @@ __all__ = [
     "multiple_choice",
     "perplexity",
     "rolling_loglikelihood",
+    "task_objective",
 ]

@@ -87,7 +87,7 @@ def evaluate(
 
     results: dict[str, dict[str, Any]] = {}
     for task, own in zip(bound, examples):
-        result = _run(task, own, scorer, encoder, stop_ids, progress)
+        result = run_task(task, own, scorer, encoder, stop_ids, progress)
         results[task.name] = {
             "group": task.group,
             "fingerprint": task.fingerprint,
@@ -129,7 +129,7 @@ def evaluate(
     return manifest
 
 
-def _run(
+def run_task(
     task: BoundTask,
     examples: list[Example],
     scorer: Scorer,

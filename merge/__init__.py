@@ -1,7 +1,8 @@
 """Merging models: mergekit's YAML, exact methods on tensors, and a streaming executor over safetensors folders.
 
 `merge(config, out)` does all of it, `sweep` for several values of one key at once; `plan_merge` shows what would be
-done without reading weights; the methods are pure functions on tensors.
+done without reading weights; the methods are pure functions on tensors. Searching, and merging into the live weights of
+the engine's Decoder, are in the modules `search` and `live`, which load the engine.
 """
 
 from .averaging import average_config, ema_weights, selected_weights, uniform_weights, wsm_weights

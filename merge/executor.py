@@ -122,7 +122,7 @@ def sweep(
     path = key.split(".") if "." in key else ["parameters", key]
     outputs = []
     for value in values:
-        changed = _with_value(written, path, value)
+        changed = with_value(written, path, value)
         place = Path(out) / f"{path[-1]}={value}"
         plan = plan_merge(parse_config(changed, f"{key}={value}"), folder, out=place)
         outputs.append(Output(plan, place, changed, files))
@@ -144,7 +144,7 @@ def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], tuple
     return read_yaml(config), (Path(config),), Path(config).resolve().parent
 
 
-def _with_value(written: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def with_value(written: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """A copy of a configuration in which one place holds another value."""
     changed = copy.deepcopy(dict(written))
     place: Any = changed
@@ -219,20 +219,19 @@ def execute(
     """
     log = log or (lambda line: None)
     started = time.monotonic()
-    where = _device(device)
+    where = find_device(device)
     for output in outputs:
         check_absent(output.out)
         for line in output.plan.summary():
             log(line)
     _check_space(outputs)
-    chunk = -(-(chunk_elements or CHUNK_ELEMENTS[where.type]) // ROW) * ROW
-    workers = workers or min(MAX_WORKERS[where.type], _cores())
+    chunk, workers = chunk_size(chunk_elements, where), worker_count(workers, where)
     weights, others = _input_files(outputs)
     before = {file: _stamp(file) for file in (*weights, *others)}
 
     with ExitStack() as stack:
         works = [stack.enter_context(_begun(output, before, max_shard_bytes, log)) for output in outputs]
-        stack.enter_context(_torch_threads(1))
+        stack.enter_context(torch_threads(1))
         hashes = stack.enter_context(_TrailingHashes(weights))
         run = _Run(works, where, chunk, workers, allow_not_finite, hashes, progress)
         with _syncing([work.writer for work in works]):
@@ -280,16 +279,10 @@ def _begun(
 
 
 def _complete(work: _Work, inputs: Mapping[str, Any], seconds: float, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write all that lies beside the weights."""
+    """Write all that lies beside the weights, and the records."""
     plan, folder = work.output.plan, work.journal.folder
     work.writer.close()
-    atomic_write(folder / "config.json", json.dumps(plan.config_json, indent=2, ensure_ascii=False) + "\n")
-    for name, text in plan.written.items():
-        atomic_write(folder / name, text)
-    for donor, file in plan.carried:
-        target = folder / file.relative_to(donor)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+    write_beside(plan, folder)
     names = [tensor.name for tensor in plan.tensors]
     return write_records(
         folder,
@@ -302,6 +295,17 @@ def _complete(work: _Work, inputs: Mapping[str, Any], seconds: float, about: Map
         seconds=seconds,
         **about,
     )
+
+
+def write_beside(plan: MergePlan, folder: Path) -> None:
+    """The small files of the result: configuration, tokenizer and what is carried along."""
+    atomic_write(folder / "config.json", json.dumps(plan.config_json, indent=2, ensure_ascii=False) + "\n")
+    for name, text in plan.written.items():
+        atomic_write(folder / name, text)
+    for donor, file in plan.carried:
+        target = folder / file.relative_to(donor)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 class _Run:
@@ -362,10 +366,7 @@ class _Run:
 
     def _merge(self, group: Sequence[tuple[_Work, TensorPlan]]) -> None:
         work, tensor = group[0]
-        order = sorted(range(len(tensor.sources)), key=lambda position: position != tensor.base)  # the base goes first
-        sources = [tensor.sources[position] for position in order]
-        models = work.output.plan.models
-        inputs = [Input(models[source.model], source.name, source.model) for source in sources]
+        inputs = tensor_inputs(work.output.plan, tensor)
         alike: dict[tuple[str, str], list[tuple[_Work, Target]]] = {}
         for work, tensor in group:
             target = self._target(work, tensor)
@@ -379,24 +380,31 @@ class _Run:
             self.hashes.advance(source.folder.file_of(source.name), *source.folder.span(source.name))
 
     def _target(self, work: _Work, tensor: TensorPlan) -> Target:
-        plan = work.output.plan
-        subject = Subject(
-            name=tensor.name,
-            shape=tensor.shape,
-            parameters=tensor.parameters,
-            models=tuple(
-                plan.model_names[source.model]
-                for position, source in enumerate(tensor.sources)
-                if position != tensor.base
-            ),
-            seed=plan.config.random_seed,
-            device=self.device,
-            based=tensor.base is not None,
-        )
-        method: TensorMerge = (
-            Equal(subject) if tensor.operation == "equal" else METHODS[tensor.operation].carry_out(subject)
-        )
+        method = tensor_method(work.output.plan, tensor, self.device)
         return Target(tensor, method, lambda lo, values: work.writer.write_range(tensor.name, lo, values))
+
+
+def tensor_inputs(plan: MergePlan, tensor: TensorPlan) -> list[Input]:
+    """What a tensor is made of, the base first."""
+    order = sorted(range(len(tensor.sources)), key=lambda position: position != tensor.base)
+    sources = [tensor.sources[position] for position in order]
+    return [Input(plan.models[source.model], source.name, source.model) for source in sources]
+
+
+def tensor_method(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> TensorMerge:
+    """The method that makes a tensor, with its parameters."""
+    subject = Subject(
+        name=tensor.name,
+        shape=tensor.shape,
+        parameters=tensor.parameters,
+        models=tuple(
+            plan.model_names[source.model] for position, source in enumerate(tensor.sources) if position != tensor.base
+        ),
+        seed=plan.config.random_seed,
+        device=device,
+        based=tensor.base is not None,
+    )
+    return Equal(subject) if tensor.operation == "equal" else METHODS[tensor.operation].carry_out(subject)
 
 
 class _TrailingHashes:
@@ -522,11 +530,18 @@ def _bytes(tensor: TensorPlan) -> int:
     return tensor.numel * tensor.dtype.itemsize
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def chunk_size(elements: int | None, device: torch.device) -> int:
+    """Elements of a tensor held at once: as asked for, rounded up to a multiple of ROW, or what suits the device."""
+    return -(-(elements or CHUNK_ELEMENTS[device.type]) // ROW) * ROW
 
 
-def _device(name: str) -> torch.device:
+def worker_count(workers: int | None, device: torch.device) -> int:
+    """Threads: as asked for, or one for each core up to what suits the device."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers or min(MAX_WORKERS[device.type], cores)
+
+
+def find_device(name: str) -> torch.device:
     if name.split(":")[0] not in CHUNK_ELEMENTS:
         raise ValueError(f"device: {name!r}; allowed: {', '.join(CHUNK_ELEMENTS)}")
     if name != "cpu" and not torch.cuda.is_available():
@@ -535,7 +550,7 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """One thread for each torch operation while tensors are merged side by side."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

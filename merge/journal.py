@@ -32,7 +32,7 @@ class Journal:
 
     def __init__(self, file: IO[bytes], folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder, self._file, self._lock = folder, file, threading.Lock()
-        lines, end = _whole_lines(file)
+        lines, end = whole_lines(file)
         same = bool(lines) and lines[0] == json.loads(json.dumps(identity))
         self.dropped = bool(lines) and not same
         self.finished: dict[str, Any] = {line["part"]: line["entry"] for line in lines[1:]} if same else {}
@@ -113,7 +113,7 @@ def _locked(out: Path, work: Path) -> Iterator[IO[bytes]]:
             # it was removed in between, by the process that held it and has finished
 
 
-def _whole_lines(file: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
+def whole_lines(file: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
     """The lines up to the first that is not whole, and where they end."""
     file.seek(0)
     lines, end = [], 0

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["demo", "import gguf", "data tokenize", "data inspect", "train", "merge", "merge plan", "merge diff",
-            "merge report", "merge verify", "eval", "generate", "report", "verify", "bench kernels", "bench train",
-            "bench plan", "bench ranks", "bench data", "bench eval", "bench merge"]  # fmt: skip
+            "merge report", "merge verify", "merge search", "eval", "generate", "report", "verify", "bench kernels",
+            "bench train", "bench plan", "bench ranks", "bench data", "bench eval", "bench merge"]  # fmt: skip
 
 
 
