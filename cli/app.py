@@ -173,6 +173,9 @@ def merge(
         typer.Option(help="KEY=A,B,C: a merge for each, in OUT/KEY=A and so on. KEY: t, models.0.parameters.weight."),
     ] = None,
     allow_not_finite: Annotated[bool, typer.Option(help="Let NaN and infinity in a model pass through.")] = False,
+    compat: Annotated[
+        str | None, typer.Option(help="mergekit-0.1.5: its results bit for bit, roundings and random masks included.")
+    ] = None,
 ) -> None:
     """Merge models. Everything is checked before the first byte is written; the same command goes on if interrupted."""
     import yaml
@@ -180,6 +183,7 @@ def merge(
     from .. import merge as merging
 
     options: dict[str, Any] = {"device": device, "allow_not_finite": allow_not_finite, "log": print}
+    options["compat"] = compat
     key, equals, values = (sweep or "=").partition("=")
     if sweep and not (key and equals and values):
         raise ValueError(f"--sweep: {sweep!r} given, expected KEY=A,B,C")

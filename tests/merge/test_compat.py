@@ -1,0 +1,208 @@
+"""`compat: mergekit-0.1.5` against mergekit 0.1.5: the same bits, for every method, on four kinds of tiny models.
+
+mergekit merges all cases in one subprocess, with the seed that the YAML has for steep. bf16 models are merged under
+`dtype: bfloat16`, so that arithmetic, weights and masks are bf16 in mergekit; float32 models in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steep.merge import merge, parse_config, plan_merge
+from steep.merge.compat import MERGEKIT, MergekitMerge
+from steep.merge.tensor_merge import Subject
+from tests.merge.models import bits, read_model, sibling, write_model, write_yaml
+from tests.merge.test_mergekit import _absolute
+
+pytest.importorskip("mergekit")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HIDDEN, INTERMEDIATE, VOCAB, HEADS, LAYERS, EXPERTS = 16, 24, 40, 2, 2, 2
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "vocab_size": VOCAB,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 1,
+    "head_dim": HIDDEN // HEADS,
+    "num_hidden_layers": LAYERS,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+    },
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    kv = HIDDEN // HEADS
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        attention = {"q": (HIDDEN, HIDDEN), "k": (kv, HIDDEN), "v": (kv, HIDDEN), "o": (HIDDEN, HIDDEN)}
+        found |= {f"{prefix}self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+        if kind == "qwen2":
+            found |= {f"{prefix}self_attn.{name}_proj.bias": attention[name][:1] for name in "qkv"}
+        found |= {prefix + "input_layernorm.weight": (HIDDEN,), prefix + "post_attention_layernorm.weight": (HIDDEN,)}
+        up, down = (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+        if kind == "mixtral":
+            found[prefix + "block_sparse_moe.gate.weight"] = (EXPERTS, HIDDEN)
+            for expert in range(EXPERTS):
+                names = [f"{prefix}block_sparse_moe.experts.{expert}.w{number}.weight" for number in (1, 2, 3)]
+                found |= dict(zip(names, (up, down, up), strict=True))
+        else:
+            found |= {f"{prefix}mlp.{name}_proj.weight": up for name in ("gate", "up")}
+            found[prefix + "mlp.down_proj.weight"] = down
+    found["model.norm.weight"] = (HIDDEN,)
+    return found if kind == "qwen2" else found | {"lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def random_tensors(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 0.02 * torch.randn(shape, generator=generator) + ("norm" in name) for name, shape in shapes(kind).items()
+    }
+
+
+def merged(method: str, models: str, base: str | None = None, *weights: Any, **shared: Any) -> dict[str, Any]:
+    """A configuration; `models` are names separated by spaces, each with one of the weights, if there are any."""
+    entries: list[dict[str, Any]] = [{"model": name} for name in models.split()]
+    for entry, weight in zip(entries, weights):
+        entry["parameters"] = {"weight": weight}
+    return {"merge_method": method, "models": entries, "parameters": shared} | ({"base_model": base} if base else {})
+
+
+def thinned(method: str, **shared: Any) -> dict[str, Any]:
+    return merged(method, "a b", "base", 0.7, 0.4, **shared)
+
+
+def sliced(method: str, *slices: list[tuple[str, int, int]], base: str | None = None, **shared: Any) -> dict[str, Any]:
+    written = [
+        {"sources": [{"model": model, "layer_range": [first, last]} for model, first, last in sources]}
+        for sources in slices
+    ]
+    return {"merge_method": method, "slices": written, "parameters": shared} | ({"base_model": base} if base else {})
+
+
+GRADIENT = [{"filter": "self_attn", "value": [0.1, 0.9]}, {"filter": "mlp", "value": [0.8, 0.3]}, {"value": 0.45}]
+CASES: dict[str, dict[str, Any]] = {
+    "linear": merged("linear", "base a b", None, 0.5, 0.7, 0.3),
+    "linear_with_a_base": merged("linear", "a far", "base", 0.7, 0.3, weight=0.2),
+    "linear_not_normalized": merged("linear", "far a", None, GRADIENT, -0.413, normalize=False),
+    "slerp": merged("slerp", "base far", "base", t=0.3),
+    "slerp_of_siblings": merged("slerp", "a", "base", t=0.6),
+    "slerp_gradient": sliced("slerp", [("far", 0, 2), ("base", 0, 2)], base="base", t=GRADIENT),
+    "nuslerp": merged("nuslerp", "base far", None, 0.7, 0.4),
+    "nuslerp_of_task_vectors": merged("nuslerp", "a far", "base", 0.7, 0.4),
+    "nuslerp_rows": merged("nuslerp", "a far", None, 0.3, 0.8, nuslerp_flatten=False),
+    "nuslerp_columns": merged("nuslerp", "a far", "base", 0.3, 0.8, nuslerp_flatten=False, nuslerp_row_wise=True),
+    "multislerp": merged("multislerp", "base far farther", None, 0.7, 0.4, 0.2),
+    "multislerp_of_task_vectors": merged("multislerp", "a far", "base", 0.7, 0.4, normalize_weights=False),
+    "karcher": merged("karcher", "base far farther"),
+    "karcher_few_steps": merged("karcher", "far farther", max_iter=1),
+    "model_stock": merged("model_stock", "far farther a", "base"),
+    "model_stock_rows": merged("model_stock", "far farther", "base", filter_wise=True),
+    "task_arithmetic": merged("task_arithmetic", "a b far", "base", 0.7, 0.3, 0.1, **{"lambda": 0.8}),
+    "task_arithmetic_normalized": merged("task_arithmetic", "a base b", "base", GRADIENT, weight=0.4, normalize=True),
+    "ties": thinned("ties", density=0.5),
+    "ties_not_normalized": thinned("ties", density=0.8, normalize=False, int8_mask=True, **{"lambda": 1.2}),
+    "ties_sparse": thinned("ties", density=0.01),
+    "ties_rescaled": thinned("ties", density=0.3, rescale=True),
+    "ties_gradient": merged("ties", "a b far", "base", GRADIENT, 0.6, -0.2, density=[0.9, 0.2], normalize=True),
+    "dare_linear": thinned("dare_linear", density=0.4),
+    "dare_linear_normalized": thinned("dare_linear", density=GRADIENT, normalize=True),
+    "dare_ties": merged("dare_ties", "b far a", "base", 0.7, 0.4, 0.3, density=0.6, normalize=True),
+    "dare_not_rescaled": thinned("dare_ties", density=0.3, rescale=False, **{"lambda": 1.4}),
+    "della": thinned("della", density=0.5),
+    "della_linear": thinned("della_linear", density=0.3, epsilon=0.2),
+    "breadcrumbs": thinned("breadcrumbs", density=0.5, gamma=0.1),
+    "breadcrumbs_default": thinned("breadcrumbs", density=0.9),
+    "breadcrumbs_ties": thinned("breadcrumbs_ties", density=0.4, gamma=0.05, normalize=True, rescale=True),
+    "sce": merged("sce", "far farther", "base"),
+    "sce_selected": merged("sce", "far farther", "base", select_topk=0.3),
+    "ram": merged("ram", "a b", "base"),
+    "ramplus_tl": merged("ramplus_tl", "a b", "base", r=0.3, alpha=0.7),
+    "nearswap": merged("nearswap", "a", "base", t=1e-3),
+    "arcee_fusion": merged("arcee_fusion", "far", "base"),
+    "passthrough": merged("passthrough", "a", scale=0.3),
+    "stacked": sliced("passthrough", [("a", 0, 2)], [("b", 1, 2)], [("a", 1, 2)]),
+    "sliced_dare": sliced(
+        "dare_ties", [("a", 0, 1), ("base", 0, 1)], [("b", 1, 2), ("base", 1, 2)], base="base", weight=0.8, density=0.5
+    ),
+}
+
+
+def applies(kind: str, case: str) -> bool:
+    """mergekit writes no configuration for a stack of Qwen2 layers: it leaves `layer_types` as long as it was."""
+    return kind != "qwen2" or not case == "stacked"
+
+
+@dataclass(frozen=True)
+class Results:
+    folder: Path
+
+    def ours(self, kind: str, dtype: str, case: str) -> dict[str, torch.Tensor]:
+        return read_model(self.folder / "ours" / kind / dtype / case)
+
+    def theirs(self, kind: str, dtype: str, case: str) -> dict[str, torch.Tensor]:
+        return read_model(self.folder / "theirs" / kind / dtype / case)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Results:
+    folder = tmp_path_factory.mktemp("compat")
+    jobs = []
+    begun = time.time()
+    for kind, config in KINDS.items():
+        base = random_tensors(kind)
+        models = {"base": base, "a": sibling(base, 1), "b": sibling(base, 2)}
+        models |= {"far": sibling(base, 3, 0.02), "farther": sibling(base, 4, 0.03)}
+        for name, dtype in DTYPES.items():
+            place = folder / kind / name
+            for model, tensors in models.items():
+                write_model(place / model, tensors, dtype=dtype, **SIZES, **config)
+            for case, written in CASES.items():
+                if not applies(kind, case):
+                    continue
+                own = {"random_seed": 7, "compat": MERGEKIT} | ({"dtype": "bfloat16"} if name == "bf16" else {})
+                yaml_file = write_yaml(place / f"{case}.yml", _absolute(written | own, place))
+                jobs.append([str(yaml_file), str(folder / "theirs" / kind / name / case)])
+                merge(yaml_file, folder / "ours" / kind / name / case)
+    print("ours", time.time() - begun)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, Path(__file__).with_name("mergekit_oracle.py"), folder / "jobs.json"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    print("theirs", time.time() - begun)
+    return Results(folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixtral"])
+def test_same_bits(results: Results, kind: str, dtype: str, case: str) -> None:
+    if not applies(kind, case):
+        return
+    ours, theirs = results.ours(kind, dtype, case), results.theirs(kind, dtype, case)
+    assert ours.keys() == theirs.keys()
+    differing = [name for name, found in ours.items() if bits(found) != bits(theirs[name].to(found.dtype))]
+    assert not differing, (len(differing), len(ours), [(ours[n] - theirs[n]).abs().max().item() for n in differing])
