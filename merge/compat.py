@@ -6,9 +6,14 @@ and weights are cast to `dtype` first, and masks come from one torch generator, 
 on the number of its threads (leave it as it was for mergekit; `merge.json` has it) and on the order of the models.
 compat_methods.py has the formulas.
 
-Not mergekit's even so: integer buffers are never cast; arcee_fusion is rounded to the dtype of the result, where
-mergekit writes float32; experts stay in the layout on disk, where mergekit writes, thins and ranks all of a layer as
-one tensor; and what mergekit leaves to chance (donors, numbers of new tokens, masks without a seed) is settled.
+Not mergekit's even so:
+- arcee_fusion and ramplus_tl are rounded to the dtype of the result, where mergekit writes float32 whatever `dtype` is;
+- experts stay in the layout on disk, where mergekit merges and writes all of a layer as one tensor: it thins, ranks
+  and measures them together, and its masks are others (it orders such tensors by a hash table);
+- what mergekit leaves to chance is settled: donors, numbers of new tokens, masks without a seed; under slices that take
+  one layer of a model twice, the order of masks;
+- adapters are applied in float32, not by PEFT, which may differ by a rounding; integer buffers are never cast; and all
+  models of uneven slices take part in the final norm and head.
 """
 
 from __future__ import annotations

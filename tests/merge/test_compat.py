@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +48,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
     },
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def shapes(kind: str) -> dict[str, tuple[int, ...]]:
+def shapes(kind: str, vocab: int) -> dict[str, tuple[int, ...]]:
     kv = HIDDEN // HEADS
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, HIDDEN)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         attention = {"q": (HIDDEN, HIDDEN), "k": (kv, HIDDEN), "v": (kv, HIDDEN), "o": (HIDDEN, HIDDEN)}
@@ -72,14 +71,17 @@ def shapes(kind: str) -> dict[str, tuple[int, ...]]:
             found |= {f"{prefix}mlp.{name}_proj.weight": up for name in ("gate", "up")}
             found[prefix + "mlp.down_proj.weight"] = down
     found["model.norm.weight"] = (HIDDEN,)
-    return found if kind == "qwen2" else found | {"lm_head.weight": (VOCAB, HIDDEN)}
+    return found if kind == "qwen2" else found | {"lm_head.weight": (vocab, HIDDEN)}
 
 
-def random_tensors(kind: str) -> dict[str, torch.Tensor]:
+def random_models(kind: str, vocab: int) -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: 0.02 * torch.randn(shape, generator=generator) + ("norm" in name) for name, shape in shapes(kind).items()
+    base = {
+        name: 0.02 * torch.randn(shape, generator=generator) + ("norm" in name)
+        for name, shape in shapes(kind, vocab).items()
     }
+    siblings = {"a": sibling(base, 1), "b": sibling(base, 2), "far": sibling(base, 3, 0.02)}
+    return {"base": base, **siblings, "farther": sibling(base, 4, 0.03)}
 
 
 def merged(method: str, models: str, base: str | None = None, *weights: Any, **shared: Any) -> dict[str, Any]:
@@ -154,11 +156,44 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def applies(kind: str, case: str) -> bool:
-    """mergekit writes no configuration for a stack of Qwen2 layers: it leaves `layer_types` as long as it was."""
-    return kind != "qwen2" or case != "stacked"
+@dataclass(frozen=True)
+class Run:
+    """Cases on one set of models. stored: their dtype. others: of those that have another. keys: of the YAML."""
+
+    kind: str
+    stored: torch.dtype
+    keys: dict[str, Any]
+    cases: tuple[str, ...]
+    others: dict[str, torch.dtype] = field(default_factory=dict)
+    vocab: int = VOCAB
 
 
+# mergekit writes no configuration for a stack of Qwen2 layers: it leaves `layer_types` as long as it was
+OF_KIND = {kind: tuple(case for case in CASES if (kind, case) != ("qwen2", "stacked")) for kind in KINDS}
+SOME = (
+    "linear",
+    "slerp",
+    "nuslerp",
+    "karcher",
+    "ties",
+    "dare_ties",
+    "della",
+    "sce_selected",
+    "arcee_fusion",
+    "nearswap",
+)
+RUNS = {f"{kind}_bf16": Run(kind, BF16, {"dtype": "bfloat16"}, OF_KIND[kind]) for kind in KINDS}
+RUNS |= {f"{kind}_fp32": Run(kind, FP32, {}, OF_KIND[kind]) for kind in KINDS}
+RUNS |= {
+    "fp16": Run("llama", FP16, {}, SOME),
+    "mixed": Run("llama", BF16, {}, SOME, {"a": FP32, "far": FP16}),
+    "narrowed": Run("llama", FP32, {"dtype": "bfloat16", "out_dtype": "float16"}, SOME),
+    "widened": Run("llama", BF16, {"dtype": "float32", "out_dtype": "bfloat16"}, SOME),
+    # more than a million elements: sums in several pieces, quantiles of a sample
+    "large_bf16": Run("llama", BF16, {}, SOME, vocab=66_000),
+    "large_fp32": Run("llama", FP32, {}, SOME, vocab=66_000),
+}
+CASES_OF_RUNS = [(run, case) for run, of in RUNS.items() if of.kind != "mixtral" for case in of.cases]
 DRAWN = [case for case in CASES if "dare" in case or "della" in case]
 # of these no element depends on another, or none outside its row
 BY_ROW = (
@@ -168,59 +203,46 @@ BY_ROW = (
 SEED = 7
 
 
-@dataclass(frozen=True)
-class Results:
-    folder: Path
-
-    def ours(self, kind: str, dtype: str, case: str) -> dict[str, torch.Tensor]:
-        return read_model(self.folder / "ours" / kind / dtype / case)
-
-    def theirs(self, kind: str, dtype: str, case: str) -> dict[str, torch.Tensor]:
-        return read_model(self.folder / "theirs" / kind / dtype / case)
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Results]:
+def folder(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """With the models and configurations of each run, and `steep/RUN/CASE` and `mergekit/RUN/CASE`."""
     folder = tmp_path_factory.mktemp("compat")
     jobs = []
-    for kind, config in KINDS.items():
-        base = random_tensors(kind)
-        models = {"base": base, "a": sibling(base, 1), "b": sibling(base, 2)}
-        models |= {"far": sibling(base, 3, 0.02), "farther": sibling(base, 4, 0.03)}
-        for name, dtype in DTYPES.items():
-            place = folder / kind / name
-            for model, tensors in models.items():
-                write_model(place / model, tensors, dtype=dtype, **SIZES, **config)
-            for case, written in CASES.items():
-                if applies(kind, case):
-                    own = {"random_seed": SEED, "compat": MERGEKIT} | ({"dtype": "bfloat16"} if name == "bf16" else {})
-                    yaml_file = write_yaml(place / f"{case}.yml", _absolute(written | own, place))
-                    jobs.append([str(yaml_file), str(folder / "theirs" / kind / name / case)])
+    for name, run in RUNS.items():
+        sizes = SIZES | KINDS[run.kind] | {"vocab_size": run.vocab}
+        for model, tensors in random_models(run.kind, run.vocab).items():
+            write_model(folder / name / model, tensors, dtype=run.others.get(model, run.stored), **sizes)
+        for case in run.cases:
+            config = CASES[case] | run.keys | {"random_seed": SEED, "compat": MERGEKIT}
+            yaml_file = write_yaml(folder / name / f"{case}.yml", _absolute(config, folder / name))
+            jobs.append([str(yaml_file), str(folder / "mergekit" / name / case)])
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, Path(__file__).with_name("mergekit_oracle.py"), folder / "jobs.json"]
     with (folder / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
-        run = subprocess.Popen(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        oracle = subprocess.Popen(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         patch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of folders that nobody needs tomorrow
         for yaml_file, theirs in jobs:
-            merge(yaml_file, theirs.replace("/theirs/", "/ours/"))
-        assert run.wait(300) == 0, (folder / "log").read_text()[-3000:]
-    yield Results(folder)
-    shutil.rmtree(folder)
+            merge(yaml_file, theirs.replace("/mergekit/", "/steep/"))
+        assert oracle.wait(300) == 0, (folder / "log").read_text()[-3000:]
+    return folder
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixtral"])
-def test_same_bits(results: Results, kind: str, dtype: str, case: str) -> None:
-    if applies(kind, case):
-        ours, theirs = results.ours(kind, dtype, case), results.theirs(kind, dtype, case)
-        assert ours.keys() == theirs.keys()
-        assert_same_bits(ours, theirs)
+def both(folder: Path, run: str, case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return read_model(folder / "steep" / run / case), read_model(folder / "mergekit" / run / case)
 
 
-def assert_same_bits(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    """arcee_fusion writes float32 whatever the `dtype`; rounded to it they are the same."""
-    assert not [name for name, found in ours.items() if bits(found) != bits(theirs[name].to(found.dtype))]
+@pytest.mark.parametrize(("run", "case"), CASES_OF_RUNS)
+def test_same_bits(folder: Path, run: str, case: str) -> None:
+    ours, theirs = both(folder, run, case)
+    assert ours.keys() == theirs.keys()
+    assert_same_bits(ours, theirs, case)
+
+
+def assert_same_bits(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], case: str) -> None:
+    """mergekit writes float32 for two methods whatever the `dtype`; rounded to it the bits are the same."""
+    if case in ("arcee_fusion", "ramplus_tl"):
+        theirs = {name: x.to(ours[name].dtype) for name, x in theirs.items() if name in ours}
+    assert not [name for name, x in ours.items() if x.dtype != theirs[name].dtype or bits(x) != bits(theirs[name])]
 
 
 def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,25 +262,26 @@ def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_of_mixtral_outside_its_experts(results: Results, dtype: str, case: str) -> None:
+@pytest.mark.parametrize("run", ["mixtral_bf16", "mixtral_fp32"])
+def test_same_bits_of_mixtral_outside_its_experts(folder: Path, run: str, case: str) -> None:
     """Of the experts too where a method looks at no more than a row. Masks are drawn in another order."""
-    ours, theirs = fused(results.ours("mixtral", dtype, case)), results.theirs("mixtral", dtype, case)
+    ours, theirs = both(folder, run, case)
+    ours = fused(ours)
     assert ours.keys() == theirs.keys()
     if case not in DRAWN:
-        assert_same_bits({n: x for n, x in ours.items() if case in BY_ROW or ".experts." not in n}, theirs)
+        assert_same_bits({n: x for n, x in ours.items() if case in BY_ROW or ".experts." not in n}, theirs, case)
 
 
 @pytest.mark.parametrize("case", [case for case, written in CASES.items() if "models" in written])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_of_mixtral_if_its_experts_were_fused(results: Results, dtype: str, case: str) -> None:
+@pytest.mark.parametrize("run", ["mixtral_bf16", "mixtral_fp32"])
+def test_same_bits_of_mixtral_if_its_experts_were_fused(folder: Path, run: str, case: str) -> None:
     """mergekit's experts are another thing to merge, not merged otherwise: given the same tensors in the same order,
-    the results are the same. Tensors that it converts have no name when it sorts, and follow each other as its hash table
-    has them: here layer by layer, with three layers 2, 2, 0, 1, 1, 1, 2, 0, 0."""
-    plan = plan_merge(parse_config(read_yaml(results.folder / "mixtral" / dtype / f"{case}.yml")))
+    the results are the same. Tensors that it converts have no name when it sorts, and follow each other as its hash
+    table has them: here layer by layer, with three layers 2, 2, 0, 1, 1, 1, 2, 0, 0."""
+    plan = plan_merge(parse_config(read_yaml(folder / run / f"{case}.yml")))
     planned = {tensor.name: tensor for tensor in plan.tensors}
     models = [fused(read_model(Path(label))) for label in plan.model_labels]
-    theirs = results.theirs("mixtral", dtype, case)
+    theirs = read_model(folder / "mergekit" / run / case)
     generator = torch.Generator().manual_seed(SEED)
     converted = [name for name in models[0] if ".mlp." in name]
     converted.sort(
@@ -275,6 +298,6 @@ def test_same_bits_of_mixtral_if_its_experts_were_fused(results: Results, dtype:
         subject = Subject(
             name, tuple(inputs[0].shape), tensor.parameters, names, SEED, torch.device("cpu"), tensor.base is not None
         )
-        method = MergekitMerge(subject, tensor.operation, DTYPES[dtype], generator)
-        found[name] = method.merge(0, [x.float().flatten() for x in inputs]).view(inputs[0].shape).to(DTYPES[dtype])
-    assert_same_bits(found, theirs)
+        method = MergekitMerge(subject, tensor.operation, RUNS[run].stored, generator)
+        found[name] = method.merge(0, [x.float().flatten() for x in inputs]).view(inputs[0].shape).to(RUNS[run].stored)
+    assert_same_bits(found, theirs, case)
