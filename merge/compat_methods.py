@@ -182,8 +182,8 @@ def _drawn_dtype(delta: Tensor) -> torch.dtype:
 
 
 def sce(x: Operands) -> Tensor:
-    """B + sum_i m_i w_i tau_i / sum_i m_i w_i: tau_i is delta_i where the models' variance is among the largest, w_i the
-    mean of its squares, m_i whether its sign is that of the unweighted sum."""
+    """B + sum_i m_i w_i tau_i / sum_i m_i w_i: tau_i is delta_i where the models' variance is among the largest, w_i
+    the mean of its squares, m_i whether its sign is that of the unweighted sum."""
     vectors, share = x.deltas, x.parameters["select_topk"]
     if share < 1:
         vectors = vectors * _selected(vectors, share)
