@@ -111,7 +111,7 @@ GRADIENT = [
 ]
 CASES: dict[str, dict[str, Any]] = {
     "linear": merged("linear", "base a b", None, 0.5, 0.7, 0.3),
-    "linear_with_a_base": merged("linear", "a far", "base", 0.7, 0.3, weight=0.2),
+    "linear_with_a_base": merged("linear", "a far", "base", 0.7, 0.3, weight=0.25),
     "linear_not_normalized": merged("linear", "far a", None, GRADIENT, -0.413, normalize=False),
     "slerp": merged("slerp", "base far", "base", t=0.3),
     "slerp_of_siblings": merged("slerp", "a", "base", t=0.6),
