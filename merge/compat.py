@@ -52,7 +52,10 @@ class MergekitMerge(TensorMerge):
         subject, based = self.subject, self.subject.based
         models = [vector.view(subject.shape).to(self._compute) for vector in vectors[: len(subject.models) + based]]
         base = models.pop(0) if based else None
-        return self._formula(Operands(base, models, subject.parameters, self._generator)).reshape(-1)
+        try:
+            return self._formula(Operands(base, models, subject.parameters, self._generator)).reshape(-1)
+        except ValueError as error:
+            raise ValueError(f"{subject.name}: {error}") from None
 
 
 def draws(method: str) -> bool:

@@ -171,6 +171,8 @@ def della(x: Operands, number: int, delta: Tensor) -> Tensor:
     working = rows.to(_drawn_dtype(delta))
     ranks = rows.abs().argsort(dim=1).argsort(dim=1).to(working.dtype) + 1
     least, most = ranks.amin(dim=1, keepdim=True), ranks.amax(dim=1, keepdim=True)
+    if rows.shape[1] == 1:
+        raise ValueError("a row of one element has no ranks: mergekit 0.1.5 cannot draw from it either")
     probabilities = (density - epsilon) + ((ranks - least) / (most - least)).clamp(0, 1) * 2 * epsilon
     mask = torch.bernoulli(probabilities, generator=x.generator)
     return masked(x, working, mask).to(delta.dtype).view(delta.shape)

@@ -115,6 +115,30 @@ def test_a_killed_merge_without_masks_is_gone_on_with(folder: Path, tmp_path: Pa
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+def test_dot_products_of_a_whole_tensor_do_not_depend_on_blocks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = merge(config(folder), tmp_path / "expected")
+    monkeypatch.setattr("steep.merge.stream.BLOCK", 4096)
+    assert merge(config(folder), tmp_path / "out")["tensors"] == expected["tensors"]
+
+
+def test_where_mergekit_breaks_off_the_tensor_is_named(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.mixer.weight": torch.arange(4.0).view(4, 1)}
+    for number, name in enumerate(("base", "a", "b")):
+        shifted = {key: x + number for key, x in tensors.items()}
+        write_model(tmp_path / name, shifted, num_hidden_layers=1)
+    written = config(tmp_path, "della", parameters={"density": 0.5})
+    with pytest.raises(ValueError, match="layers.0.mixer.weight: a row of one element has no ranks: mergekit 0.1.5"):
+        merge(written, tmp_path / "out")
+    for name, factor in (("c", 1), ("d", -1), ("e", -1)):  # 2 u - u - u
+        write_model(tmp_path / name, {key: factor * x for key, x in tensors.items()}, num_hidden_layers=1)
+    weights = {"c": 2, "d": 1, "e": 1}
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": weight}} for name, weight in weights.items()]
+    with pytest.raises(ValueError, match="layers.0.mixer.weight: multislerp: the weighted unit vectors cancel"):
+        merge({"merge_method": "multislerp", "models": models, "compat": MERGEKIT}, tmp_path / "out")
+
+
 def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     written = config(folder)
     merge(written, tmp_path / "expected")
