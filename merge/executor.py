@@ -293,7 +293,8 @@ def _begun(
         {str(file): stamp for file, stamp in stamps.items() if file not in output.files},
         plan.model_labels,
         [str(file) for _, file in plan.carried],
-        [plan.config.random_seed, plan.model_names, plan.config.compat, max_shard_bytes, versions()],
+        [plan.config.random_seed, plan.model_names, max_shard_bytes, versions()],
+        plan.config.compat and [plan.config.compat, torch.get_num_threads()],
     ])}  # fmt: skip
     with journaled_folder(output.out, identity) as journal:
         if journal.dropped:
