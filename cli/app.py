@@ -176,6 +176,11 @@ merge_app = typer.Typer(
 app.add_typer(merge_app, name="merge")
 
 
+Compat = Annotated[
+    str | None, typer.Option(help="mergekit-0.1.5: its results bit for bit, with its roundings and random masks.")
+]
+
+
 @merge_app.command("run")
 def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
@@ -186,6 +191,7 @@ def merge(
         typer.Option(help="KEY=A,B,C: a merge for each, in OUT/KEY=A and so on. KEY: t, models.0.parameters.weight."),
     ] = None,
     allow_not_finite: Annotated[bool, typer.Option(help="Let NaN and infinity in a model pass through.")] = False,
+    compat: Compat = None,
 ) -> None:
     """Merge models. Everything is checked before the first byte is written; the same command goes on if interrupted."""
     import yaml
@@ -193,6 +199,7 @@ def merge(
     from .. import merge as merging
 
     options: dict[str, Any] = {"device": device, "allow_not_finite": allow_not_finite, "log": print}
+    options["compat"] = compat
     key, equals, values = (sweep or "=").partition("=")
     if sweep and not (key and equals and values):
         raise ValueError(f"--sweep: {sweep!r} given, expected KEY=A,B,C")
@@ -210,6 +217,7 @@ def merge_plan(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML, unchanged.")],
     out: Annotated[Path | None, typer.Option("--out", help="Also check the place where the result shall lie.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="A line for every tensor, not for every kind.")] = False,
+    compat: Compat = None,
 ) -> None:
     """What a merge would do, from headers alone: every tensor, donor and parameter, or every error."""
     from rich.console import Console
@@ -217,7 +225,7 @@ def merge_plan(
     from ..merge.plan_view import plan_file, show_plan
 
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for part in show_plan(plan_file(config, out), every_tensor=tensors):
+    for part in show_plan(plan_file(config, out, compat), every_tensor=tensors):
         console.print(part)
 
 

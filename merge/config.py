@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from .compat import MERGEKIT, method_problems
 from .method_table import KNOWN_PARAMETERS, METHODS, PARAMETERS, Scalar
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -272,6 +273,7 @@ class MergeConfig(_Section):
     """A whole mergekit configuration: exactly one of `models`, `slices` and `modules`.
 
     random_seed: steep's own key, of the masks of dare and della; in mergekit an option of the command line.
+    compat: steep's own key: results that are mergekit's bit for bit (compat.py), for a price in time and accuracy.
     """
 
     models: list[InputModel] = []
@@ -286,6 +288,7 @@ class MergeConfig(_Section):
     tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
     random_seed: int = Field(0, ge=0, lt=1 << 63, strict=True)
+    compat: str | None = None
 
     @field_validator("merge_method")
     @classmethod
@@ -293,6 +296,13 @@ class MergeConfig(_Section):
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}")
         return method
+
+    @field_validator("compat")
+    @classmethod
+    def _known_peer(cls, compat: str | None) -> str | None:
+        if compat not in (None, MERGEKIT):
+            raise ValueError(f"unknown peer {compat!r}{nearest(compat, [MERGEKIT])}")
+        return compat
 
     @field_validator("dtype", "out_dtype", mode="before")
     @classmethod
@@ -313,12 +323,15 @@ class MergeConfig(_Section):
         if (rule := self.tokenizer_rule) is not None and rule.source == "base" and self.base_model is None:
             key = "tokenizer_source" if self.tokenizer is None else "tokenizer.source"
             raise ValueError(f"{key}: 'base' needs a base_model")
+        if self.compat and (problems := method_problems(self.merge_method)):
+            raise ValueError("; ".join(problems))
         return self
 
     @property
     def tokenizer_rule(self) -> TokenizerRule | None:
         """`tokenizer`, or what `tokenizer_source` stands for; None: rows are merged by number."""
-        return self.tokenizer or (TokenizerRule(source=self.tokenizer_source) if self.tokenizer_source else None)
+        rule = self.tokenizer or (TokenizerRule(source=self.tokenizer_source) if self.tokenizer_source else None)
+        return rule.model_copy(update={"vocab_size": "exact"}) if rule and self.compat else rule
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -9,6 +9,7 @@ tensors are checked against their hashes, not made again. An output is published
 Numerics: inputs are read in the dtype of their files, all arithmetic is float32, and the result is rounded once, to
 `out_dtype`, else `dtype`, else the dtype of the donor's tensor. mergekit instead casts inputs and weights to `dtype`
 when it loads them and computes in it, which under `dtype: bfloat16` rounds several times; with float32 both agree.
+`compat: mergekit-0.1.5` is for results that must be mergekit's own (compat.py): whole tensors, one after another.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ import torch
 
 from ..data.files import atomic_write, check_absent, hash_inputs, sha256_json, versions
 from ..engine.safetensors_io import SafetensorsWriter
+from .compat import EXACT, MergekitMerge, draw_order, draws, promoted
 from .config import parse_config, read_yaml
 from .journal import Journal, journaled_folder, reserved_bytes
 from .manifest import tensor_record, write_records
 from .method_table import METHODS
-from .plan import MergePlan, TensorPlan, plan_merge
+from .plan import FLOATS, MergePlan, TensorPlan, plan_merge
 from .stream import Equal, Input, Merged, Target, merge_tensor
 from .tensor_merge import ROW, Subject, Sums, TensorMerge
 
@@ -44,7 +46,6 @@ CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 MAX_WORKERS = {"cpu": 16, "cuda": 4}
 SYNC_BYTES = 256 << 20  # written between two rounds of making it durable
 HASH_BYTES = 1 << 20
-MODE = "exact"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def merge(
     out: str | Path,
     device: str = "cpu",
     *,
+    compat: str | None = None,
     allow_not_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     chunk_elements: int | None = None,
@@ -75,10 +77,11 @@ def merge(
         config: path of the YAML; or its content as a mapping, whose relative paths count from the current folder.
         out: folder to create; it must not exist or be empty.
         device: where the arithmetic runs: cpu, cuda or cuda:N.
+        compat: "mergekit-0.1.5": as the key of that name in the configuration, which it replaces.
         allow_not_finite: NaN and infinity in an input pass through, and the record says where, instead of an error.
         max_shard_bytes: size at which a further weight file is begun.
         chunk_elements: elements of a tensor held at once, rounded up to a multiple of 4096.
-        workers: threads; default: the cores there are, at most 16; on a GPU 4.
+        workers: threads; default: the cores there are, at most 16; on a GPU 4; under `compat` always 1.
         log: called with lines for a person: donors, notes and warnings, before the work and after it.
         progress: called with (bytes of output done, bytes in all).
 
@@ -92,7 +95,7 @@ def merge(
         ValueError: naming file and tensor, for NaN or infinite inputs, or a result that `dtype` cannot hold.
         OSError: too little space, found before the merge begins as far as the system can say.
     """
-    output = _output(config, Path(out))
+    output = _output(config, Path(out), compat)
     return execute(
         [output],
         device,
@@ -106,7 +109,13 @@ def merge(
 
 
 def sweep(
-    config: str | Path | Mapping[str, Any], out: str | Path, key: str, values: Sequence[Any], **options: Any
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    key: str,
+    values: Sequence[Any],
+    *,
+    compat: str | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Merge the same models once for each value of one key, from one reading of the inputs.
 
@@ -116,9 +125,9 @@ def sweep(
         key: place in the configuration, with dots: `parameters.lambda`, `models.1.parameters.weight`; a parameter of
             the whole merge needs no more than its name.
         values: what the key is set to.
-        options: as for `merge`.
+        compat, options: as for `merge`.
     """
-    written, files, folder = _read(config)
+    written, files, folder = _read(config, compat)
     path = key.split(".") if "." in key else ["parameters", key]
     outputs = []
     for value in values:
@@ -131,17 +140,20 @@ def sweep(
     return execute(outputs, **options)
 
 
-def _output(config: str | Path | Mapping[str, Any], out: Path) -> Output:
-    written, files, folder = _read(config)
+def _output(config: str | Path | Mapping[str, Any], out: Path, compat: str | None) -> Output:
+    written, files, folder = _read(config, compat)
     where = str(files[0]) if files else "merge configuration"
     return Output(plan_merge(parse_config(written, where), folder, out=out), out, written, files)
 
 
-def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Path, ...], Path | None]:
+def _read(
+    config: str | Path | Mapping[str, Any], compat: str | None
+) -> tuple[dict[str, Any], tuple[Path, ...], Path | None]:
     """The configuration as written, its file if it is from one, and the folder that paths count from."""
+    over = {} if compat is None else {"compat": compat}
     if isinstance(config, Mapping):
-        return dict(config), (), None
-    return read_yaml(config), (Path(config),), Path(config).resolve().parent
+        return {**config, **over}, (), None
+    return read_yaml(config) | over, (Path(config),), Path(config).resolve().parent
 
 
 def with_value(written: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
@@ -173,8 +185,15 @@ class _Work:
     sums: dict[str, Sums] = field(default_factory=dict)
     taken_over: int = 0
 
+    def __post_init__(self) -> None:
+        config = self.output.plan.config
+        self.compat = config.compat is not None
+        self.draws = self.compat and draws(config.merge_method)
+        self.generator = torch.Generator().manual_seed(config.random_seed)  # of masks under `compat`
+
     def finish(self, tensor: TensorPlan, inputs: Sequence[Input], merged: Merged) -> None:
-        record = tensor_record(tensor, merged.sha256, [source.model for source in inputs], merged.sums)
+        models = [source.model for source in inputs]
+        record = tensor_record(tensor, merged.sha256, models, merged.sums, self.output.plan.config)
         record |= merged.figures
         if merged.not_finite:
             record["not_finite"] = merged.not_finite
@@ -185,7 +204,7 @@ class _Work:
     def take_over(self, tensor: TensorPlan, chunk: int) -> bool:
         """Whether an earlier process finished the tensor, and it still has the hash that it had."""
         entry = self.journal.finished.get(tensor.name)
-        if entry is None:
+        if entry is None or self.draws:  # what comes after it depends on what it draws
             return False
         digest, buffer = hashlib.sha256(), torch.empty(min(chunk, tensor.numel), dtype=tensor.dtype)
         for lo in range(0, tensor.numel, chunk):
@@ -225,13 +244,17 @@ def execute(
         for line in output.plan.summary():
             log(line)
     _check_space(outputs)
-    chunk, workers = chunk_size(chunk_elements, where), worker_count(workers, where)
+    compat = any(output.plan.config.compat for output in outputs)
+    if compat and where.type != "cpu":
+        raise ValueError(f"device: {device!r}; compat is bit parity on a CPU: allowed: cpu")
+    chunk, workers = chunk_size(chunk_elements, where), 1 if compat else worker_count(workers, where)
     weights, others = _input_files(outputs)
     before = {file: _stamp(file) for file in (*weights, *others)}
 
     with ExitStack() as stack:
         works = [stack.enter_context(_begun(output, before, max_shard_bytes, log)) for output in outputs]
-        stack.enter_context(torch_threads(1))
+        threads = torch.get_num_threads() if compat else 1  # mergekit's sums depend on it
+        stack.enter_context(torch_threads(threads))
         hashes = stack.enter_context(_TrailingHashes(weights))
         run = _Run(works, where, chunk, workers, allow_not_finite, hashes, progress)
         with _syncing([work.writer for work in works]):
@@ -243,8 +266,9 @@ def execute(
         for work in works:
             if work.journal.finished and work.taken_over:
                 log(f"{work.output.out}: {work.taken_over} tensors were finished by an earlier run")
-            about = {"seed": work.output.plan.config.random_seed, "mode": MODE, "taken_over": work.taken_over}
-            about |= {"execution": {"device": str(where), "threads": workers, "chunk_elements": chunk}}
+            config = work.output.plan.config
+            about = {"seed": config.random_seed, "mode": config.compat or EXACT, "taken_over": work.taken_over}
+            about |= {"execution": {"device": str(where), "threads": workers * threads, "chunk_elements": chunk}}
             result = _complete(work, inputs, time.monotonic() - started, about)
             for line in result["warnings"][len(work.output.plan.warnings) :]:
                 log(f"warning: {line}")
@@ -268,7 +292,8 @@ def _begun(
         {str(file): stamp for file, stamp in stamps.items() if file not in output.files},
         plan.model_labels,
         [str(file) for _, file in plan.carried],
-        [plan.config.random_seed, plan.model_names, MODE, max_shard_bytes, versions()],
+        [plan.config.random_seed, plan.model_names, max_shard_bytes, versions()],
+        plan.config.compat and [plan.config.compat, torch.get_num_threads()],
     ])}  # fmt: skip
     with journaled_folder(output.out, identity) as journal:
         if journal.dropped:
@@ -360,6 +385,8 @@ class _Run:
                     )
                     rows = tensor.sources[0].rows  # arranged vocabularies are an output's own
                     groups.setdefault((tensor.name, sources, tensor.base, id(rows)), []).append((work, tensor))
+        if any(work.compat for work in self.works):
+            return sorted(groups.values(), key=_draw_order)
         left = sum(_bytes(tensor) for group in groups.values() for _, tensor in group)
         giant = left / (4 * self.workers)
         return sorted(groups.values(), key=lambda group: sum(_bytes(tensor) for _, tensor in group) < giant)
@@ -380,7 +407,7 @@ class _Run:
             self.hashes.advance(source.folder.file_of(source.name), *source.folder.span(source.name))
 
     def _target(self, work: _Work, tensor: TensorPlan) -> Target:
-        method = tensor_method(work.output.plan, tensor, self.device)
+        method = tensor_method(work.output.plan, tensor, self.device, work.generator)
         return Target(tensor, method, lambda lo, values: work.writer.write_range(tensor.name, lo, values))
 
 
@@ -391,8 +418,10 @@ def tensor_inputs(plan: MergePlan, tensor: TensorPlan) -> list[Input]:
     return [Input(plan.models[source.model], source.name, source.model) for source in sources]
 
 
-def tensor_method(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> TensorMerge:
-    """The method that makes a tensor, with its parameters."""
+def tensor_method(
+    plan: MergePlan, tensor: TensorPlan, device: torch.device, generator: torch.Generator | None = None
+) -> TensorMerge:
+    """The method that makes a tensor, with its parameters; compat needs the `generator` that it draws masks from."""
     subject = Subject(
         name=tensor.name,
         shape=tensor.shape,
@@ -404,7 +433,19 @@ def tensor_method(plan: MergePlan, tensor: TensorPlan, device: torch.device) -> 
         device=device,
         based=tensor.base is not None,
     )
-    return Equal(subject) if tensor.operation == "equal" else METHODS[tensor.operation].carry_out(subject)
+    if tensor.operation == "equal":
+        return Equal(subject)
+    if plan.config.compat:
+        assert generator is not None
+        stored = [plan.models[source.model].dtype(source.name) for source in tensor.sources]
+        compute = FLOATS[plan.config.dtype] if plan.config.dtype else promoted(stored)
+        return MergekitMerge(subject, tensor.operation, compute, generator)
+    return METHODS[tensor.operation].carry_out(subject)
+
+
+def _draw_order(group: Sequence[tuple[_Work, TensorPlan]]) -> tuple[str, str]:
+    _, tensor = group[0]
+    return draw_order([source.name for source in tensor.sources], tensor.name)
 
 
 class _TrailingHashes:

@@ -72,6 +72,8 @@ def merge_live(
     Raises:
         ValueError: naming file and tensor, for NaN or infinite inputs, or a result that its dtype cannot hold.
     """
+    if plan.config.compat:
+        raise ValueError(f"compat: {plan.config.compat}: merges into live weights are exact ones; leave it out")
     places = placements(decoder, plan)
     parameters = dict(decoder.named_parameters())
     device = next(iter(parameters.values())).device

@@ -19,6 +19,8 @@ import yaml
 
 from ..data.files import MANIFEST, atomic_write, make_manifest, read_json, sha256_file
 from ..engine.model_files import write_model_manifest
+from .compat import MergekitMerge
+from .config import MergeConfig
 from .geometry import PARALLEL_COSINE
 from .method_table import METHODS
 from .plan import MergePlan, TensorPlan
@@ -81,7 +83,14 @@ def write_records(
     return record
 
 
-def tensor_record(tensor: TensorPlan, sha256: str, models: Sequence[int], sums: Sums) -> dict[str, Any]:
+def vectors_seen(config: MergeConfig) -> str:
+    """`TensorMerge.vectors` of what carries a merge out."""
+    return MergekitMerge.vectors if config.compat else METHODS[config.merge_method].carry_out.vectors
+
+
+def tensor_record(
+    tensor: TensorPlan, sha256: str, models: Sequence[int], sums: Sums, config: MergeConfig
+) -> dict[str, Any]:
     """The entry of a tensor in `merge.json`. models: numbers of its inputs, a base first."""
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -89,13 +98,13 @@ def tensor_record(tensor: TensorPlan, sha256: str, models: Sequence[int], sums: 
         "sha256": sha256,
         "models": list(models),
         "parameters": tensor.parameters,
-        **vector_figures(tensor.operation, sums, models, tensor.base is not None),
+        **vector_figures(vectors_seen(config), sums, models, tensor.base is not None),
     }
 
 
-def vector_figures(operation: str, sums: Sums, models: Sequence[int], based: bool) -> dict[str, Any]:
+def vector_figures(seen: str, sums: Sums, models: Sequence[int], based: bool) -> dict[str, Any]:
     """Norms and cosines from the dot products of one tensor, or from their sums over several; `models` are the numbers
-    of the models that the vectors stand for, `based` says whether the first is a base."""
+    of the models that the vectors stand for, `based` says whether the first is a base, `seen` what is in `sums`."""
 
     def norm(i: int) -> float:
         return math.sqrt(sums[i, i])
@@ -108,9 +117,9 @@ def vector_figures(operation: str, sums: Sums, models: Sequence[int], based: boo
 
     if not sums:
         return {}
-    if (vectors := METHODS[operation].carry_out.vectors) == "models" or not based:
+    if seen == "models" or not based:
         return {"norms": [finite(norm(i)) for i, j in sums if i == j]}
-    first = 1 if vectors == "deltas" else len(models)
+    first = 1 if seen == "deltas" else len(models)
     deltas = range(first, first + len(models) - 1)
     figures: dict[str, Any] = {
         "base_norm": finite(norm(0)),
@@ -120,7 +129,7 @@ def vector_figures(operation: str, sums: Sums, models: Sequence[int], based: boo
             for i, j in combinations(deltas, 2)
         ],
     }
-    if vectors == "both":
+    if seen == "both":
         figures["cosines"] = [ratio(sums[0, i], norm(0) * norm(i)) for i in range(1, len(models))]
     return figures
 
@@ -142,9 +151,10 @@ def layer_figures(
             group[pair] += value
     method = plan.config.merge_method
     based = METHODS[method].has_base(plan.config.base_model is not None)
+    seen = vectors_seen(plan.config)
     ordered = sorted(groups.items(), key=lambda item: -1 if item[0][0] is None else item[0][0])
     return [
-        {"layer": layer, "models": list(models), **vector_figures(method, group, models, based)}
+        {"layer": layer, "models": list(models), **vector_figures(seen, group, models, based)}
         for (layer, models), group in ordered
     ]
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .compat import parameter_problems
 from .config import Parameters, Setting
 from .findings import Findings
 from .layers import Stack, has_vocabulary
@@ -18,11 +19,12 @@ class Resolver:
 
     Args:
         method: a key of METHODS.
+        compat: values must be ones that mergekit knows.
         labels: of the models, by number, for messages.
     """
 
-    def __init__(self, method: str, labels: Sequence[str], findings: Findings) -> None:
-        self.method, self.labels, self.findings = method, labels, findings
+    def __init__(self, method: str, labels: Sequence[str], findings: Findings, compat: bool = False) -> None:
+        self.method, self.labels, self.findings, self.compat = method, labels, findings, compat
         self._missing: set[tuple[str, str]] = set()
 
     def values(self, stack: Stack, name: str, names: Sequence[str], depth: float) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class Resolver:
 
     def _check(self, values: Mapping[str, Any]) -> None:
         method = METHODS[self.method]
-        for problem in method.carry_out.check(values):
+        for problem in method.carry_out.check(values) + (parameter_problems(values) if self.compat else []):
             self.findings.error(f"{self.method}: {problem}")
         if self.method == "slerp" and not 0 <= values["t"] <= 1:
             self.findings.warn(f"t = {values['t']:g} is outside [0, 1] and extrapolates")

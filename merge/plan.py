@@ -34,6 +34,7 @@ import torch
 
 from .arranged import ArrangedModel, RowMap, TensorReader
 from .arrangement import Arranger
+from .compat import promoted
 from .config import InputModel, MergeConfig, OutputSlice, Parameters
 from .findings import Findings
 from .inputs import Inputs, check_output
@@ -125,21 +126,18 @@ class MergePlan:
         return lines + [f"note: {note}" for note in self.notes] + [f"warning: {text}" for text in self.warnings]
 
 
-def plan_merge(
-    config: MergeConfig, folder: Path | None = None, *, out: str | Path | None = None, exact: bool = True
-) -> MergePlan:
+def plan_merge(config: MergeConfig, folder: Path | None = None, *, out: str | Path | None = None) -> MergePlan:
     """Resolve a configuration against the model folders it names.
 
     Args:
         config: the parsed YAML.
         folder: where the YAML lies, for relative model paths; None: only the current folder counts.
         out: where the result shall lie; it is looked at, not made.
-        exact: False: means of embedding rows are rounded step by step as mergekit does.
 
     Raises:
         PlanError: a ValueError with everything that is wrong, one problem per line.
     """
-    return _Planner(config, folder, exact).plan(None if out is None else Path(out))
+    return _Planner(config, folder).plan(None if out is None else Path(out))
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,8 @@ class _Part:
 
 
 class _Planner:
-    def __init__(self, config: MergeConfig, folder: Path | None, exact: bool) -> None:
-        self.config, self.exact = config, exact
+    def __init__(self, config: MergeConfig, folder: Path | None) -> None:
+        self.config, self.exact = config, config.compat is None
         self.findings = Findings()
         self.inputs = Inputs(folder, self.findings)
         self.method = METHODS[config.merge_method]
@@ -165,7 +163,8 @@ class _Planner:
         self.readers = [model.reader for model in models]
         self.inputs.compare(same_depth=not any(part.sliced for part in parts))
         self._check_layer_counts()
-        self.resolver = Resolver(self.config.merge_method, [model.label for model in models], findings)
+        labels = [model.label for model in models]
+        self.resolver = Resolver(self.config.merge_method, labels, findings, compat=not self.exact)
         donor = self._donor(parts[0].stacks[0])
 
         rule = self.config.tokenizer_rule
@@ -466,7 +465,7 @@ class _Planner:
         reference = donor if donor in stack.models else stack.models[stack.base or 0]
         folder = models[reference].stored
         assert folder is not None
-        kept = folder.dtype(stored[reference])
+        kept = folder.dtype(stored[reference]) if self.exact else promoted(list(dtypes.values()))
         floating = [dtype.is_floating_point for dtype in dtypes.values()]
         if any(floating) and not all(dtype in FLOATS.values() for dtype in dtypes.values()):
             found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))

@@ -19,17 +19,18 @@ from .plan import MergePlan, TensorPlan, plan_merge
 MOST_VALUES = 6  # of a gradient that are shown
 
 
-def plan_file(config: str | Path, out: str | Path | None = None) -> MergePlan:
+def plan_file(config: str | Path, out: str | Path | None = None, compat: str | None = None) -> MergePlan:
     """The plan of a YAML file.
 
     Args:
         out: where the result shall lie, looked at too.
+        compat: as in `merge`.
 
     Raises:
         FileNotFoundError: no such YAML file.
         PlanError: a ValueError with everything that is wrong.
     """
-    written = read_yaml(config)
+    written = read_yaml(config) | ({} if compat is None else {"compat": compat})
     try:
         parsed = parse_config(written, str(config))
     except ValueError as error:

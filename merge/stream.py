@@ -19,6 +19,7 @@ from .arranged import TensorReader
 from .plan import TensorPlan
 from .tensor_merge import Sums, TensorMerge
 
+BLOCK = 1 << 24  # elements of a piece whose products are formed at once
 AHEAD_BYTES = 16 << 20  # of every input; the system is told to read so far ahead
 
 Write = Callable[[int, Tensor], None]  # (first flat element, values)
@@ -191,6 +192,11 @@ class _Products:
         self.finite = True
 
     def add(self, vectors: Sequence[Tensor]) -> None:
+        step = max(BLOCK // self._unit, 1) * self._unit
+        for lo in range(0, vectors[0].numel(), step):
+            self._add([vector[lo : lo + step] for vector in vectors])
+
+    def _add(self, vectors: Sequence[Tensor]) -> None:
         """The products of all pairs go through one tree of additions: few operations for small pieces."""
         numel, device = vectors[0].numel(), vectors[0].device
         padded = -(-numel // self._unit) * self._unit

@@ -118,8 +118,10 @@ def _plan(record: Mapping[str, Any], config: str | Path | None, findings: _Findi
     folder = _config_folder(record) if config is None else Path(config).resolve().parent
     where = "the recorded configuration" if config is None else str(config)
     written = record["config"] if config is None else read_yaml(config)
+    if not _is_exact(record):
+        written = {**written, "compat": record["mode"]}
     try:
-        return plan_merge(parse_config(written, where), folder, exact=_is_exact(record))
+        return plan_merge(parse_config(written, where), folder)
     except (ValueError, FileNotFoundError) as error:
         hint = "" if config is not None else "; if models have moved, give --config"
         findings.problems.append(f"{where} cannot be planned any more{hint}: {error}")

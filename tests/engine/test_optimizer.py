@@ -171,7 +171,7 @@ def test_compact_storage_follows_fp32(master, moments):
 
 
 def test_buckets_of_offloaded_state_change_nothing(monkeypatch):
-    monkeypatch.setattr(optimizer_module, "_BUCKET_BYTES", 4000)
+    monkeypatch.setattr(optimizer_module, "BUCKET_BYTES", 4000)
     plain, offloaded = wide_parameters(), wide_parameters()
     optimizers = [AdamW(plain.items(), AdamWConfig()), AdamW(offloaded.items(), AdamWConfig(offload=True))]
     assert len(list(optimizers[1]._buckets(list(WIDE)))) > 2

@@ -2,7 +2,8 @@
 
 python mergekit_oracle.py JOBS.json, where JOBS.json is [[yaml file, output folder], ...]; run in the folder that the
 relative model paths of the YAML files count from. A job may have a third entry, [[tensor, model], ...] in the order in
-which mergekit draws masks: they are then steep's, which shows whether the rest of dare and della agrees. With a second
+which mergekit draws masks: they are then steep's, which shows whether the rest of dare and della agrees. Else they
+are mergekit's under the `random_seed` of the YAML, which mergekit itself takes from its command line. With a second
 argument, a file, {method: {parameter: default, or null where it is required}} is written there.
 """
 
@@ -37,7 +38,9 @@ options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False,
 own_bernoulli = torch.bernoulli
 for yaml_file, out, *masks in json.loads(Path(sys.argv[1]).read_text()):
     torch.bernoulli = steeps_masks(masks[0]) if masks else own_bernoulli
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(Path(yaml_file).read_text())), out, options)
+    written = yaml.safe_load(Path(yaml_file).read_text())
+    options = options.model_copy(update={"random_seed": written.get("random_seed")})
+    run_merge(MergeConfiguration.model_validate(written), out, options)
 
 if len(sys.argv) > 2:
     described = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steep.data.tokenizer import load_tokenizer
 from steep.merge import merge
+from steep.merge.compat import MERGEKIT
 from steep.merge.vocabulary import read_tokens
 from tests.merge.models import random_tensors, read_model, sibling, write_model, write_yaml
 
@@ -193,7 +194,7 @@ def oracle(folder: Path) -> Callable[[str], dict[str, Tensor]]:
     """case -> what mergekit makes of it, with dtype float32."""
     jobs = [
         (str(write_yaml(folder / f"{case}.yaml", config | {"dtype": "float32"})), str(folder / "mergekit" / case))
-        for case, config in CASES.items()
+        for case, config in (CASES | DRAWN).items()
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("mergekit_oracle.py")
@@ -205,7 +206,7 @@ def oracle(folder: Path) -> Callable[[str], dict[str, Tensor]]:
 
 def merged(folder: Path, case: str, **changes: Any) -> tuple[dict[str, Tensor], Path]:
     out = folder / "steep" / "_".join([case, *changes])
-    config = CASES[case] | {"dtype": "float32"} | changes
+    config = (CASES | DRAWN)[case] | {"dtype": "float32"} | changes
     merge(write_yaml(folder / f"steep_{case}.yaml", config), out)
     return read_model(out), out
 
@@ -248,6 +249,34 @@ def test_vocabularies(folder: Path, oracle: Callable[[str], dict[str, Tensor]], 
     assert_same({name: tensors[name] for name in others}, {name: expected[name] for name in others})
     assert json.loads((out / "config.json").read_text())["vocab_size"] == len(tensors[EMBED])
     assert load_tokenizer(out).vocab_size == max(ours.ids.values()) + 1
+
+
+# with masks, which the exact mode draws from other bits
+DRAWN = {
+    "base_dare": BASED
+    | {"merge_method": "dare_ties", "tokenizer_source": "base", "parameters": {"density": 0.6}, "random_seed": 5}
+}
+NOT_ITS_BITS = (
+    "uneven",  # steep drops no models
+    "padded_to_64",  # the padding is a mean of rows, added up in the order of their numbers
+    *("adapter", "adapter_stacked"),  # PEFT multiplies B A in its own order
+)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES | DRAWN if case not in NOT_ITS_BITS])
+def test_same_bits_under_compat(folder: Path, oracle: Callable[[str], dict[str, Tensor]], case: str) -> None:
+    tensors, out = merged(folder, case, compat=MERGEKIT)
+    expected = oracle(case)
+    assert tensors.keys() == expected.keys()
+    if "tokenizer" in str((CASES | DRAWN)[case]):
+        ours, theirs = read_tokens(out), read_tokens(folder / "mergekit" / case)
+        assert ours is not None
+        assert theirs is not None
+        for name in (EMBED, HEAD):
+            assert tensors[name].shape == expected[name].shape
+            tensors[name] = tensors[name][[ours.ids[token] for token in ours.ids]]
+            expected[name] = expected[name][[theirs.ids[token] for token in ours.ids]]
+    assert not [name for name, found in tensors.items() if not torch.equal(found, expected[name])]
 
 
 def test_ids_of_the_base_stay_and_new_ones_follow_in_the_order_of_the_models(folder: Path) -> None:
