@@ -35,6 +35,7 @@ from ..data.files import atomic_write, check_absent, hash_inputs, sha256_json, v
 from ..engine.safetensors_io import SafetensorsWriter
 from .compat import EXACT, MergekitMerge, draw_order, draws, promoted
 from .config import parse_config, read_yaml
+from .input_hashes import TrailingHashes
 from .journal import Journal, journaled_folder, reserved_bytes
 from .manifest import tensor_record, write_records
 from .method_table import METHODS
@@ -45,7 +46,6 @@ from .tensor_merge import ROW, Subject, Sums, TensorMerge
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 MAX_WORKERS = {"cpu": 16, "cuda": 4}
 SYNC_BYTES = 256 << 20  # written between two rounds of making it durable
-HASH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def execute(
         works = [stack.enter_context(_begun(output, before, max_shard_bytes, log)) for output in outputs]
         threads = torch.get_num_threads() if compat else 1  # mergekit's sums depend on it
         stack.enter_context(torch_threads(threads))
-        hashes = stack.enter_context(_TrailingHashes(weights))
+        hashes = stack.enter_context(TrailingHashes(weights))
         run = _Run(works, where, chunk, workers, allow_not_finite, hashes, progress)
         with _syncing([work.writer for work in works]):
             run.all()
@@ -343,7 +343,7 @@ class _Run:
         chunk: int,
         workers: int,
         allow_not_finite: bool,
-        hashes: _TrailingHashes,
+        hashes: TrailingHashes,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.works, self.device, self.chunk, self.workers = works, device, chunk, workers
@@ -446,67 +446,6 @@ def tensor_method(
 def _draw_order(group: Sequence[tuple[_Work, TensorPlan]]) -> tuple[str, str]:
     _, tensor = group[0]
     return draw_order([source.name for source in tensor.sources], tensor.name)
-
-
-class _TrailingHashes:
-    """SHA-256 of safetensors files that others read: it follows them closely, so that the bytes are still in memory."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-        self._states = {file: _HashState(file) for file in files}
-
-    def advance(self, file: Path, begin: int, end: int) -> None:
-        """The bytes of a tensor have been read: hash on through all that follows without a gap."""
-        if file in self._states:  # else its model is known by a manifest
-            self._states[file].advance(begin, end)
-
-    def finish(self, file: Path) -> None:
-        """Hash what is left."""
-        with self._states[file].hashing:
-            self._states[file].read(None)
-
-    def of(self, file: Path) -> dict[str, Any]:
-        """As `hash_inputs` gives it, after `finish`."""
-        state = self._states[file]
-        return {"sha256": state.digest.hexdigest(), "bytes": state.position}
-
-    def __enter__(self) -> _TrailingHashes:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for state in self._states.values():
-            os.close(state.descriptor)
-
-
-class _HashState:
-    def __init__(self, file: Path) -> None:
-        self.descriptor = os.open(file, os.O_RDONLY)
-        self.digest, self.position = hashlib.sha256(), 0
-        self.hashing, self._lock = threading.Lock(), threading.Lock()
-        self._ready = 8 + int.from_bytes(os.pread(self.descriptor, 8, 0), "little")  # the header
-        self._beyond: dict[int, int] = {}  # where tensors begin and end that were read ahead of a gap
-
-    def advance(self, begin: int, end: int) -> None:
-        with self._lock:
-            if end > begin:
-                self._beyond[begin] = end
-            while self._ready in self._beyond:
-                self._ready = self._beyond.pop(self._ready)
-        if self.hashing.acquire(blocking=False):  # who comes while another hashes goes on with his work
-            try:
-                self.read(self._ready)
-            finally:
-                self.hashing.release()
-
-    def read(self, end: int | None) -> None:
-        buffer = memoryview(bytearray(HASH_BYTES))
-        while end is None or self.position < end:
-            wanted = HASH_BYTES if end is None else min(HASH_BYTES, end - self.position)
-            count = os.preadv(self.descriptor, [buffer[:wanted]], self.position)
-            if count == 0:
-                return
-            self.digest.update(buffer[:count])
-            self.position += count
 
 
 @contextmanager
