@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 DEMO_OUT ?= demo-out
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test check clean
@@ -24,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/steep demo --out $(DEMO_OUT)
 
+# One thread of torch for each worker; a file stays with one worker, for its fixtures.
 test: setup
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: setup
 	$(VENV)/bin/ruff check .
