@@ -40,9 +40,9 @@ def run(
     seq_len: int = 512,
     sequences: int = 4,
     warmup: int = 1,
-    steps: int = 4,
+    steps: int = 3,
     reshard_after_forward: bool = False,
-    rounds: int = 2,
+    rounds: int = 1,
 ) -> dict[str, Any]:
     """Measure both and return the figures.
 
