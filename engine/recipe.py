@@ -123,6 +123,11 @@ class TrainRecipe(_Section):
                 "optimizer.in_backward keeps no gradient to add to: batch.micro_batches is "
                 f"{self.batch.micro_batches}; allowed: 1"
             )
+        if self.optimizer.in_backward and self.spikes.factor is not None:
+            raise ValueError(
+                "optimizer.in_backward updates before the loss can be judged: spikes.factor is "
+                f"{self.spikes.factor:g}; allowed: null"
+            )
         return self
 
 

@@ -61,6 +61,15 @@ def test_missing_keys_and_several_mistakes_at_once(values):
     ]
 
 
+def test_updates_in_backward_go_with_nothing_that_judges_a_step(values):
+    values |= {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch": {"sequences": 2}}
+    parse_recipe(values)
+    with pytest.raises(ValueError, match=r"in_backward .*: spikes\.factor is 6; allowed: null"):
+        parse_recipe({**values, "spikes": {"factor": 6}})
+    with pytest.raises(ValueError, match=r"in_backward .*: batch\.micro_batches is 2; allowed: 1"):
+        parse_recipe({**values, "batch": {"micro_batches": 2}})
+
+
 def test_overrides(values, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
