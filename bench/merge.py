@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..data.files import usable_cores
 from ..engine.safetensors_io import SafetensorsFolder, SafetensorsWriter
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, head tied to the embedding
@@ -90,8 +91,7 @@ def run(
         root = Path(temporary)
         values = write_models(root, size)
         figures = {method: _compare(root, method, repeats, peer) for method in methods}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"size": size, "values": values, "cores": cores, "methods": figures}
+    return {"size": size, "values": values, "cores": usable_cores(), "methods": figures}
 
 
 def _compare(root: Path, method: str, repeats: int, peer: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..data.files import atomic_write, versions
+from ..data.files import atomic_write, usable_cores, versions
 
 PEERS = ("transformers", "lm-eval", "mergekit", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 
@@ -43,7 +43,7 @@ def device() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

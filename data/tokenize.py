@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .files import atomic_folder, check_absent, hash_inputs, make_manifest, write_manifest
+from .files import atomic_folder, check_absent, hash_inputs, make_manifest, usable_cores, write_manifest
 from .readers import Block, Reject, block_documents, check_inputs, read_blocks
 from .tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
@@ -82,7 +82,7 @@ def tokenize_files(
     check_absent(out)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}, must be at least 1")
-    workers = _usable_cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}, must be at least 1")
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -131,10 +131,6 @@ def _document_marks(tokenizer: Tokenizer, bos: bool | str, eos: bool | str) -> t
         if eos and eos_id is None:
             raise ValueError(f"{tokenizer.folder}: eos=True, but the tokenizer has no EOS token; name one or use False")
     return (tokenizer.bos_id if with_bos else None), eos_id
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- encoding ----

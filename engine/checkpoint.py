@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.files import fsync_folder, make_manifest, read_manifest, remove_stale_temporaries, write_manifest
 from .crc32 import crc32_concat
 from .ranks import Piece, Ranks
-from .safetensors_io import SafetensorsFolder, SafetensorsWriter, TensorSpec, bytes_of
+from .safetensors_io import SafetensorsFolder, SafetensorsWriter, TensorSpec, bytes_of, is_finite
 from .shards import local_shard
 from .staging import HostMemory, Staging
 
@@ -190,7 +190,7 @@ class CheckpointWriter:
                 for name, first, values in pieces:
                     view = bytes_of(values)
                     sums.append((name, first, len(view), zlib.crc32(view)))
-                    healthy = healthy and _is_finite(values)
+                    healthy = healthy and is_finite(values)
                     yield name, first, values
 
             with SafetensorsWriter(
@@ -367,13 +367,6 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"{path}: damaged: {error!r}") from error
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Integers and fp8, which aminmax does not know, always are."""
-    if not values.dtype.is_floating_point or values.dtype.itemsize == 1:
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def _is_whole(path: Path) -> bool:

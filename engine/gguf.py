@@ -20,8 +20,8 @@ from .config import ARCHITECTURES, ModelConfig
 from .gguf_tokenizer import special_ids, tokenizer_files
 from .model import Decoder
 from .rope import inverse_frequencies
-from .safetensors_io import SafetensorsWriter
-from .weights import CHUNK_ELEMENTS, hf_tensors, is_finite, write_model_manifest
+from .safetensors_io import SafetensorsWriter, is_finite
+from .weights import CHUNK_ELEMENTS, hf_tensors, write_model_manifest
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _NAMES = {

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.files import atomic_folder
+from ..data.files import atomic_folder, read_json
 from .config import ModelConfig
 from .model import Adapter, Decoder, Layer, Projection
-from .safetensors_io import SafetensorsWriter
-from .weights import chunks, hf_tensors, is_finite, write_model_manifest
+from .safetensors_io import SafetensorsWriter, is_finite
+from .weights import chunks, hf_tensors, write_model_manifest
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -201,10 +201,7 @@ def read_config(folder: str | Path) -> LoraConfig:
     file = Path(folder) / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a PEFT folder has {ADAPTER_CONFIG} and {ADAPTER_FILE}")
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+    values = read_json(file)
     for key, allowed in _PLAIN.items():
         if key in values and values[key] not in allowed:
             raise ValueError(f"{file}: {key} is {values[key]!r}; allowed: {allowed[0]!r}")

@@ -304,6 +304,20 @@ def _pread(entry: _Entry, descriptor: int, first: int, out: Tensor) -> Tensor:
     return out
 
 
+def dtype_name(dtype: object) -> str:
+    """As config.json and messages have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or Inf; integers never are. aminmax passes NaN on, and allocates nothing."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    if values.dtype.itemsize == 1:  # fp8, which aminmax does not know
+        values = values.float()
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

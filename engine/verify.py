@@ -19,8 +19,8 @@ from .checkpoint import KIND as CHECKPOINT_KIND
 from .checkpoint import verify_checksums
 from .config import ARCHITECTURES, ModelConfig
 from .model import Decoder
-from .safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
-from .weights import check_tensors, chunks, is_finite
+from .safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, is_finite
+from .weights import check_tensors, chunks
 
 
 def verify(path: str | Path) -> dict[str, Any]:

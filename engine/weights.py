@@ -27,7 +27,7 @@ from .config import ModelConfig
 from .model import Decoder
 from .model_files import carried_files, write_model_manifest
 from .ranks import Piece, Ranks
-from .safetensors_io import SafetensorsFolder, SafetensorsWriter
+from .safetensors_io import SafetensorsFolder, SafetensorsWriter, dtype_name, is_finite
 from .shards import LocalShard, local_shard
 from .staging import Staging
 
@@ -138,8 +138,8 @@ def check_tensors(decoder: Decoder, folder: SafetensorsFolder) -> dict[str, Plac
                 f"by config.json it should have {list(wanted[name].shape)}"
             )
         if folder.dtype(name) not in LOADABLE:
-            allowed = ", ".join(_dtype_name(dtype) for dtype in LOADABLE)
-            raise ValueError(f"{folder.file_of(name)}: {name} is {_dtype_name(folder.dtype(name))}; allowed: {allowed}")
+            allowed = ", ".join(dtype_name(dtype) for dtype in LOADABLE)
+            raise ValueError(f"{folder.file_of(name)}: {name} is {dtype_name(folder.dtype(name))}; allowed: {allowed}")
     return {name: wanted[name] for name in present}
 
 
@@ -209,7 +209,7 @@ def _read_shards(
     if finite:  # asked once, at the end: a GPU is not waited for meanwhile
         for (name, _), is_good in zip(finite, torch.stack([flag for _, flag in finite]).tolist()):
             if not is_good:
-                raise ValueError(f"{source.file_of(name)}: {name} holds NaN or Inf (as {_dtype_name(dtype)})")
+                raise ValueError(f"{source.file_of(name)}: {name} holds NaN or Inf (as {dtype_name(dtype)})")
 
 
 def _check_tied_head(source: SafetensorsFolder, embedding: LocalShard) -> None:
@@ -278,9 +278,9 @@ def export_model(
             stored[name] = dtype or _stored_dtype(source.dtype(name), shards[placement.parameter].values.dtype)
         changed = [name for name in placements if stored[name] != source.dtype(name)]
         if changed and dtype is None and ranks.rank == 0:
-            held = _dtype_name(shards[placements[changed[0]].parameter].values.dtype)
+            held = dtype_name(shards[placements[changed[0]].parameter].values.dtype)
             warnings.warn(
-                f"{out}: {len(changed)} tensors that {source_folder} has in {_dtype_name(source.dtype(changed[0]))} "
+                f"{out}: {len(changed)} tensors that {source_folder} has in {dtype_name(source.dtype(changed[0]))} "
                 f"were trained in {held} and are stored so",
                 stacklevel=2,
             )
@@ -328,7 +328,7 @@ def _stored_pieces(
     on_host = staging.to_host(part.to(stored[name]) for (name, _, _), part in zip(pieces, changed))
     for (name, first, _), values in zip(pieces, on_host):
         if not is_finite(values):
-            raise ValueError(f"{name} holds NaN or Inf (as {_dtype_name(stored[name])}); nothing was exported")
+            raise ValueError(f"{name} holds NaN or Inf (as {dtype_name(stored[name])}); nothing was exported")
         yield name, first, values
 
 
@@ -347,7 +347,7 @@ def _hash_unchanged(files: tuple[tuple[Path, int, int], ...]) -> dict[str, dict[
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(dtype)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -361,18 +361,9 @@ def chunks(count: int) -> Iterator[tuple[int, int]]:
     return ((lo, min(lo + CHUNK_ELEMENTS, count)) for lo in range(0, count, CHUNK_ELEMENTS))
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or Inf."""
-    return bool(_all_finite(values))
-
-
 def _all_finite(values: Tensor) -> Tensor:
-    """The same as a tensor on the device. aminmax passes NaN on, and allocates nothing."""
+    """`is_finite` as a tensor on the device."""
     return torch.isfinite(torch.stack(torch.aminmax(values))).all()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _first_of(names: list[str], limit: int = 5) -> str:

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._op import check_tensor, compute_dtype, define_op
+from ._op import check_tensor, compute_dtype, define_op, float_dtypes
 from .attention_triton import attention_backward_triton, attention_triton
 
 # --- the formula -----------------------------------------------------------------------------------------------------
@@ -386,9 +386,6 @@ def attention_backend(device_type: str) -> str:
 attention_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -417,8 +414,7 @@ def attention(
         ValueError: naming the argument that is none of this. The values in cu_seqlens are looked at on a CPU only: on a
             GPU that would be a synchronisation.
     """
-    dtypes = _DTYPES if q.is_cuda else (*_DTYPES, torch.float64)
-    check_tensor("attention: q", q, (None, None, None), dtype=dtypes)
+    check_tensor("attention: q", q, (None, None, None), dtype=float_dtypes(q))
     check_tensor("attention: k", k, (None, None, q.shape[2]), like=q)
     check_tensor("attention: v", v, tuple(k.shape), like=q)
     if not q.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..engine.safetensors_io import SafetensorsFolder
+from ..engine.safetensors_io import SafetensorsFolder, dtype_name
 from .measure import PIECE, Magnitudes, Place, Products, layer_label, pieces, place_of, ratio, side_by_side
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
@@ -99,7 +99,7 @@ def diff(a: str | Path, b: str | Path, base: str | Path | None = None, *, piece:
                 raise ValueError(f"{a} and {b}: no tensor has the same name and shape in both")
             done = side_by_side(lambda name: _compare(first, second, third, name, piece), names)
             found = dict(zip(names, done, strict=True))
-            dtypes = {name: [_short(first.dtype(name)), _short(second.dtype(name))] for name in names}
+            dtypes = {name: [dtype_name(first.dtype(name)), dtype_name(second.dtype(name))] for name in names}
             only_in_b = [name for name in second.names if name not in first]
             only_in_a = [name for name in first.names if name not in second]
         finally:
@@ -227,7 +227,3 @@ def _table(title: str, first: str, rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def _number(value: float | None, form: str = "{:.3g}") -> str:
     return "-" if value is None else form.format(value)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

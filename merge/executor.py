@@ -18,7 +18,6 @@ import copy
 import errno
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 
-from ..data.files import atomic_write, check_absent, hash_inputs, sha256_json, versions
+from ..data.files import atomic_write, check_absent, hash_inputs, sha256_json, usable_cores, versions
 from ..engine.safetensors_io import SafetensorsWriter
 from .compat import EXACT, MergekitMerge, draw_order, draws, promoted
 from .config import parse_config, read_yaml
@@ -517,8 +516,7 @@ def chunk_size(elements: int | None, device: torch.device) -> int:
 
 def worker_count(workers: int | None, device: torch.device) -> int:
     """Threads: as asked for, or one for each core up to what suits the device."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers or min(MAX_WORKERS[device.type], cores)
+    return workers or min(MAX_WORKERS[device.type], usable_cores())
 
 
 def find_device(name: str) -> torch.device:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..data.files import MANIFEST, atomic_write, make_manifest, read_json, sha256_file
+from ..engine.metrics import peak_memory_bytes
 from ..engine.model_files import write_model_manifest
+from ..engine.safetensors_io import dtype_name
 from .compat import MergekitMerge
 from .config import MergeConfig
 from .geometry import PARALLEL_COSINE
@@ -55,7 +56,7 @@ def write_records(
         for name, record in tensors.items()
         if "not_finite" in record
     ]
-    figures = {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory()}
+    figures = {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))}
     figures["values"] = sum(tensor.numel for tensor in plan.tensors)
     record = make_manifest(
         KIND,
@@ -93,7 +94,7 @@ def tensor_record(
 ) -> dict[str, Any]:
     """The entry of a tensor in `merge.json`. models: numbers of its inputs, a base first."""
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensor.dtype),
         "shape": list(tensor.shape),
         "sha256": sha256,
         "models": list(models),
@@ -197,8 +198,3 @@ def _model_card(path: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has had resident, libraries included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

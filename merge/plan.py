@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from ..engine.safetensors_io import dtype_name
 from .arranged import ArrangedModel, RowMap, TensorReader
 from .arrangement import Arranger
 from .compat import promoted
@@ -468,7 +469,7 @@ class _Planner:
         kept = folder.dtype(stored[reference]) if self.exact else promoted(list(dtypes.values()))
         floating = [dtype.is_floating_point for dtype in dtypes.values()]
         if any(floating) and not all(dtype in FLOATS.values() for dtype in dtypes.values()):
-            found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
+            found = ", ".join(sorted({dtype_name(dtype) for dtype in dtypes.values()}))
             findings.error(f"dtype {found}; only {', '.join(FLOATS)} can be merged", name)
             return None
         layer = layer_index(name)

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..engine.safetensors_io import dtype_name
 from .config import parse_config, read_yaml
 from .findings import Findings, abbreviate
 from .inputs import check_output
@@ -74,7 +75,7 @@ def _models(plan: MergePlan) -> Table:
     table = _table("Models", "", "folder", "tensors", "dtype", "base")
     bases = {tensor.sources[tensor.base].model for tensor in plan.tensors if tensor.base is not None}
     for number, (model, label) in enumerate(zip(plan.models, plan.model_labels)):
-        dtypes = sorted({_short(model.dtype(name)) for name in model.names})
+        dtypes = sorted({dtype_name(model.dtype(name)) for name in model.names})
         base = "base" if number in bases else ""
         table.add_row(str(number), Text(label), str(len(model.names)), ", ".join(dtypes), base)
     return table
@@ -92,7 +93,7 @@ def _tensors(plan: MergePlan, every_tensor: bool) -> Table:
         names = "\n".join(abbreviate(tensor.name for tensor in tensors))
         parameters = "copied if equal" if first.operation == "equal" else _parameters(tensors, everywhere)
         shape = " x ".join(map(str, first.shape)) or "scalar"
-        table.add_row(Text(names), shape, _short(first.dtype), _sources(first), Text(parameters))
+        table.add_row(Text(names), shape, dtype_name(first.dtype), _sources(first), Text(parameters))
     return table
 
 
@@ -165,7 +166,3 @@ def _donors(plan: MergePlan) -> Table:
     for name in plan.written:
         table.add_row(Text(name), "written anew")
     return table
-
-
-def _short(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import atomic_write
+from ..engine.safetensors_io import dtype_name
 from .analysis import analyse, is_out_of_bounds
 from .plan_view import plan_file
 
@@ -58,7 +59,7 @@ def report_file(
     """
     plan = plan_file(config)
     found = analyse(plan, result)
-    dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors)
+    dtypes = dict.fromkeys(dtype_name(tensor.dtype) for tensor in plan.tensors)
     values = sum(tensor.numel for tensor in plan.tensors)
     about = {
         "configuration": str(config),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.safetensors_io import is_finite
 from .arranged import TensorReader
 from .plan import TensorPlan
 from .tensor_merge import Sums, TensorMerge
@@ -116,7 +117,7 @@ def merge_tensor(
             products.add(vectors)
         for target, digest in zip(targets, digests):
             rounded = target.method.merge(lo, vectors).to(target.tensor.dtype).cpu()
-            if not allow_not_finite and not _is_finite(rounded):
+            if not allow_not_finite and not is_finite(rounded):
                 _refuse(_not_finite(inputs, chunk))  # the input, if it is to blame
                 raise ValueError(f"{target.tensor.name}: the result has values that {rounded.dtype} cannot hold")
             digest.update(rounded.view(torch.uint8).numpy().data)
@@ -259,16 +260,9 @@ def _holds_finite(source: Input, chunk: int) -> bool:
     numel = source.folder.numel(source.name)
     buffer = torch.empty(min(chunk, numel), dtype=source.folder.dtype(source.name))
     return all(
-        _is_finite(source.folder.read_into(source.name, lo, buffer[: min(chunk, numel - lo)]))
+        is_finite(source.folder.read_into(source.name, lo, buffer[: min(chunk, numel - lo)]))
         for lo in range(0, numel, chunk)
     )
-
-
-def _is_finite(x: Tensor) -> bool:
-    """aminmax passes NaN on and is many times faster than isfinite on a CPU."""
-    if not x.is_floating_point() or not x.numel():
-        return True
-    return all(math.isfinite(end) for end in map(float, torch.aminmax(x)))
 
 
 def _piece(tensor: TensorPlan, method: TensorMerge, chunk: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.batch import IGNORE, PackedBatch
 from ..data.files import MANIFEST, read_json, sha256_file
-from ..engine.safetensors_io import SafetensorsFolder
+from ..engine.safetensors_io import SafetensorsFolder, dtype_name
 from .config import parse_config, read_yaml
 from .measure import pieces
 from .plan import MergePlan, TensorPlan, plan_merge
@@ -188,7 +188,7 @@ def _check_structure(plan: MergePlan, tensors: SafetensorsFolder, findings: _Fin
             found, wanted = list(tensors.shape(name)), list(tensor.shape)
             findings.problems.append(f"{tensors.file_of(name)}: {name} has shape {found}, the plan says {wanted}")
         elif tensors.dtype(name) != tensor.dtype:
-            text = f"{name} is {_short(tensors.dtype(name))}, the plan says {_short(tensor.dtype)}"
+            text = f"{name} is {dtype_name(tensors.dtype(name))}, the plan says {dtype_name(tensor.dtype)}"
             findings.problems.append(f"{tensors.file_of(name)}: {text}")
     for name in tensors.names:
         if name not in planned:
@@ -417,7 +417,3 @@ def _forward(folder: Path, findings: _Findings) -> dict[str, Any] | None:
     if not math.isfinite(loss):
         findings.problems.append(f"forward: the mean loss of {TEXT!r} is {loss}")
     return {"text": TEXT, "tokens": len(tokens), "nats_per_token": round(loss, 4)}
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

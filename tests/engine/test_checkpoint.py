@@ -238,7 +238,7 @@ def test_full_disk_keeps_the_one_before_and_training_goes_on(tmp_path):
 KILLED = """
 import sys, time, torch
 from steep.engine import checkpoint
-checkpoint._is_finite = lambda values: (print("piece", flush=True), time.sleep(0.02), True)[-1]
+checkpoint.is_finite = lambda values: (print("piece", flush=True), time.sleep(0.02), True)[-1]
 writer = checkpoint.CheckpointWriter(sys.argv[1], keep=1)
 state = {f"tensor.{n}": torch.full((10,), float(n)) for n in range(100)}
 writer.save(2, state, {})

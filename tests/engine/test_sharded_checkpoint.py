@@ -151,7 +151,7 @@ def _checkpoint_dies(rank: int, root: Path) -> None:
         assert writer.wait() is None
         dist.barrier()
         if rank == 1:
-            checkpoint._is_finite = lambda values: os.kill(os.getpid(), signal.SIGKILL)
+            checkpoint.is_finite = lambda values: os.kill(os.getpid(), signal.SIGKILL)
         assert writer.save(2, _state(mesh, 2), {}) is None
         failure = writer.wait()
         assert isinstance(failure, RuntimeError)
